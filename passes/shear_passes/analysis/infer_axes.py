@@ -1,0 +1,161 @@
+"""The dims of every value and parameter, by one walk over the graph that solves each operator's equations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import shear_passes.rules  # noqa: F401  # registers every rule
+from shear_ir.axes import Axis, Dims, atoms, axis, freeze
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.program import Program
+from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
+from shear_passes.rules.registry import Barrier, Contraction, Entry, Results, Site, Vanish, entry_of, op_name
+
+
+@dataclass(frozen=True, eq=False)
+class Axes:
+    """The solution: dims by node (one tuple per tensor result) and by parameter name.
+
+    ``contractions`` in graph order; ``vanish`` is each call's law; ``barriers`` are calls without a rule.
+    """
+
+    program: Program
+    of_node: Mapping[str, Results]
+    of_param: Mapping[str, Dims]
+    contractions: tuple[Contraction, ...]
+    vanish: Mapping[str, Vanish]
+    barriers: Mapping[str, str]
+
+    def dims(self, node: fx.Node) -> Dims:
+        """Dims of a node with one tensor result; empty for any other node."""
+        results = self.of_node.get(node.name, [])
+        return results[0] if len(results) == 1 else ()
+
+
+@dataclass(frozen=True)
+class InferAxes(Analysis[Axes]):
+    """Hindley-Milner for tensor dimensions: fresh atoms for the parameters, one rule per operator."""
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Axes:
+        """Linear in the number of nodes; independent of widths."""
+        return _Inference(program).run()
+
+
+class _Inference:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.of_node: dict[str, Results] = {}
+        self.of_param = {p.name: tuple(axis(s) for s in p.type.shape) for p in program.params.values()}
+        self.contractions: list[Contraction] = []
+        self.vanish: dict[str, Vanish] = {}
+        self.barriers: dict[str, str] = {}
+
+    def run(self) -> Axes:
+        for node in self.program.nodes:
+            if node.op == "placeholder":
+                self._placeholder(node)
+            elif node.op == "call_function":
+                self._call(node)
+            elif node.op == "output":
+                self._output(node)
+        return Axes(
+            self.program, self.of_node, self.of_param, tuple(self.contractions), self.vanish, self.barriers
+        )
+
+    def _placeholder(self, node: fx.Node) -> None:
+        param = self.program.param(node)
+        if param is not None:
+            self.of_node[node.name] = [self.of_param[param.name]]
+            return
+        kind = self.program.type(node)
+        dims = tuple(axis(s) for s in kind.shape) if kind else ()
+        for place, dim in enumerate(dims):
+            freeze(dim, f"dim {place} of the input {node.name}")
+        self.of_node[node.name] = [dims]
+
+    def _output(self, node: fx.Node) -> None:
+        def hold(value: fx.Node) -> fx.Node:
+            for dims in self.of_node.get(value.name, []):
+                for place, dim in enumerate(dims):
+                    freeze(dim, f"dim {place} of an output of the model")
+            return value
+
+        fx.map_arg(node.args, hold)
+
+    def _call(self, node: fx.Node) -> None:
+        if getattr(node.target, "__name__", "") == "getitem":
+            source, place = node.args
+            assert isinstance(source, fx.Node)
+            if source.name in self.of_node:
+                self.of_node[node.name] = [self.of_node[source.name][place]]  # type: ignore[index]
+                self.vanish[node.name] = Vanish.MOVED
+            return
+        shapes = tuple(t.shape for t in self.program.types.get(node.name, ()))
+        entry = entry_of(node.target) or pointwise_entry(node.target)
+        if not shapes and entry is None:
+            self._without_result(node)
+            return
+        site = Site(node, shapes, Vanish.NEVER if entry is None else entry.vanish)
+        self.of_node[node.name] = self._typed(site, entry)
+        self.vanish[node.name] = site.vanish
+        self.contractions.extend(site.contractions)
+
+    def _typed(self, site: Site, entry: Entry | None) -> Results:
+        if entry is None:
+            return self._barrier(site, f"no axis rule for {op_name(site.node)}")
+        try:
+            result = entry.rule(site, *self._arguments(site.node.args), **self._arguments(site.node.kwargs))
+        except Barrier as barrier:
+            return self._barrier(site, str(barrier))
+        results = result if isinstance(result, list) else [result]
+        sizes = tuple(tuple(d.size for d in dims) for dims in results)
+        if sizes != site.shapes:
+            return self._barrier(site, f"the axis rule for {op_name(site.node)} gives {sizes}, not {site.shapes}")
+        return results
+
+    def _arguments(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            results = self.of_node.get(value.name)
+            return DimsTuple(results[0]) if results is not None and len(results) == 1 else value
+        if isinstance(value, dict):
+            return {key: self._arguments(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._arguments(item) for item in value]
+        return tuple(self._arguments(item) for item in value) if isinstance(value, tuple) else value
+
+    def _barrier(self, site: Site, reason: str) -> Results:
+        self.barriers[site.node.name] = reason
+        results = [site.fresh(shape) for shape in site.shapes]
+        site.freeze([dim for dims in results for dim in dims], reason)
+        self._freeze_operands(site, reason)
+        return results
+
+    def _freeze_operands(self, site: Site, reason: str) -> None:
+        def hold(value: fx.Node) -> fx.Node:
+            for dims in self.of_node.get(value.name, []):
+                site.freeze(dims, reason)
+            return value
+
+        fx.map_arg((site.node.args, site.node.kwargs), hold)
+
+    def _without_result(self, node: fx.Node) -> None:
+        """A call that makes no tensor: arithmetic on sizes says nothing, anything that reads values holds its axes."""
+        name = op_name(node)
+        if name.startswith("aten.sym_") or not isinstance(node.target, torch._ops.OpOverload):
+            if name != "aten.sym_size.int" and any(n.name in self.of_node for n in node.all_input_nodes):
+                self._barrier(Site(node, ()), f"{name} reads a size")
+            return
+        self._barrier(Site(node, ()), f"{name} reads values")
+
+
+def frozen_names(axes: Axes, node: fx.Node) -> list[Axis]:
+    """The atoms that a barrier holds: those of everything it reads."""
+    return [a for n in node.all_input_nodes for dims in axes.of_node.get(n.name, []) for d in dims for a in atoms(d)]
+
+
+__all__ = ["Axes", "InferAxes", "frozen_names", "is_dims"]

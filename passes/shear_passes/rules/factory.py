@@ -1,0 +1,76 @@
+"""Tensors made from sizes: a constant fill follows its axis, a sequence keeps the entries of the kept indices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shear_ir.axes import Dims
+from shear_passes.rules.registry import Site, resize, rule
+from shear_passes.rules.resizing import Change
+
+aten = torch.ops.aten
+
+_FILLS = (aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
+_NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+
+
+@rule(*_FILLS)
+def fill(site: Site, *_: Any, **__: Any) -> Dims:
+    """The same value everywhere."""
+    return site.fresh()
+
+
+@resize(*_FILLS)
+def resize_fill(change: Change) -> None:
+    """Sizes follow the dims of the result."""
+    change.sizes(0)
+
+
+@rule(*_NEW)
+def new_fill(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+    """The same value everywhere, in the dtype of ``x``."""
+    return site.fresh()
+
+
+@resize(*_NEW)
+def resize_new_fill(change: Change) -> None:
+    """Sizes follow the dims of the result."""
+    change.sizes(1)
+
+
+@rule(
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.zero_.default, aten.fill_.Scalar,
+)  # fmt: skip
+def like(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+    """The same value everywhere, in the shape of ``x``."""
+    return x
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default)
+def sequence(site: Site, *_: Any, **__: Any) -> Dims:
+    """Entry i is a function of i: after pruning, the entries of the kept indices."""
+    return site.fresh()
+
+
+@resize(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default)
+def resize_sequence(change: Change) -> None:
+    """The sequence is made at its old size and the kept entries are taken from it."""
+    if change.changed(change.out[0]):
+        change.take(0)
+
+
+@rule(aten.scalar_tensor.default)
+def scalar(site: Site, *_: Any, **__: Any) -> Dims:
+    """A number."""
+    return ()
+
+
+@rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.eye.m, aten.randint.default, aten.randint.low)
+def other(site: Site, *_: Any, **__: Any) -> Dims:
+    """Random numbers and identity matrices depend on both indices."""
+    out = site.fresh()
+    site.freeze(out, "entries that depend on the whole shape")
+    return out

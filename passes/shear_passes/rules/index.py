@@ -1,0 +1,126 @@
+"""Access by computed positions: gather, index, index_select, index_put, scatter, one_hot, take_along_dim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shear_ir.axes import Dim, Dims, axis
+from shear_passes.rules.pointwise import broadcast
+from shear_passes.rules.registry import Results, Site, Vanish, rule, wrap
+
+aten = torch.ops.aten
+
+_CHOSEN = "indices of the axis are chosen by value"
+
+
+@rule(aten.gather.default, aten.take_along_dim.default)
+def gather(site: Site, x: Dims, *args: Any, **_: Any) -> Dims | Results:
+    """``y[..., i, ...] = x[..., index[..., i, ...], ...]``: the other dims are walked together."""
+    dim, index = args[:2] if isinstance(args[0], int) else (args[1], args[0])
+    if dim is None:
+        return site.barrier("take_along_dim of a flattened tensor")
+    place = wrap(dim, len(x))
+    site.freeze([x[place]], _CHOSEN)
+    _walk_together(site, x, index, skip=place)
+    return tuple(index)
+
+
+def _walk_together(site: Site, x: Dims, index: Dims, skip: int) -> None:
+    for place, (mine, other) in enumerate(zip(x, index, strict=True)):
+        if place == skip:
+            continue
+        if mine.size == other.size:
+            site.equate(mine, other)
+        else:
+            site.freeze([mine, other], "only a part of the axis is gathered")
+
+
+@rule(
+    aten.scatter.src, aten.scatter.value, aten.scatter_add.default, aten.scatter_.src, aten.scatter_.value,
+    aten.scatter_add_.default, aten.scatter.reduce, aten.scatter_reduce.two,
+)  # fmt: skip
+def scatter(site: Site, x: Dims, dim: int, index: Dims, source: Any, *_: Any, **__: Any) -> Dims:
+    """``x[..., index[..., i, ...], ...] = source[..., i, ...]``."""
+    place = wrap(dim, len(x))
+    site.freeze([x[place], index[place]], _CHOSEN)
+    _walk_together(site, x, index, skip=place)
+    if isinstance(source, tuple):
+        site.freeze([source[place]], _CHOSEN)
+        _walk_together(site, source, index, skip=place)
+    return x
+
+
+@rule(aten.index.Tensor, vanish=Vanish.NEVER)
+def index(site: Site, x: Dims, indices: Sequence[Dims | None]) -> Dims:
+    """``x[i, :, j]``: indexed dims give way to the broadcast of the index tensors."""
+    return _indexed(site, x, indices, site.shape)
+
+
+def _indexed(site: Site, x: Dims, indices: Sequence[Dims | None], shape: Sequence[int]) -> Dims:
+    used = [(place, i) for place, i in enumerate(indices) if i is not None]
+    site.freeze([x[place] for place, _ in used if place < len(x)], _CHOSEN)
+    if any(len(i) > 1 for _, i in used) and len(x) - len(used) + max(len(i) for _, i in used) != len(shape):
+        return _by_mask(site, x, shape)
+    found = broadcast(site, [i for _, i in used])
+    rest = [dim for place, dim in enumerate(x) if place >= len(indices) or indices[place] is None]
+    places = [place for place, _ in used]
+    together = places == list(range(places[0], places[0] + len(places)))
+    at = sum(1 for p in range(places[0]) if indices[p] is None) if together else 0
+    out: list[Dim] = [*rest[:at], *found, *rest[at:]]
+    if tuple(d.size for d in out) != tuple(shape):
+        return _by_mask(site, x, shape)
+    return tuple(out)
+
+
+def _by_mask(site: Site, x: Dims, shape: Sequence[int]) -> Dims:
+    out = tuple(axis(size) for size in shape)
+    site.freeze((*x, *out), "a mask chooses entries by value")
+    return out
+
+
+@rule(aten.index_select.default)
+def index_select(site: Site, x: Dims, dim: int, chosen: Dims) -> Dims:
+    """``y[..., i, ...] = x[..., chosen[i], ...]``."""
+    place = wrap(dim, len(x))
+    site.freeze([x[place]], _CHOSEN)
+    return (*x[:place], *chosen, *x[place + 1 :])
+
+
+@rule(aten.index_put.default, aten.index_put_.default)
+def index_put(site: Site, x: Dims, indices: Sequence[Dims | None], values: Dims, *_: Any) -> Dims:
+    """``x[i] = values``, broadcast over the indexed positions."""
+    used = [i for i in indices if i is not None]
+    site.freeze([x[p] for p, i in enumerate(indices) if i is not None and p < len(x)], _CHOSEN)
+    if len(used) != 1 or len(used[0]) != 1 or indices[0] is None:
+        site.freeze((*x, *values), _CHOSEN)
+        return x
+    for mine, other in zip(reversed(x[1:]), reversed(values), strict=False):
+        if other.size == mine.size:
+            site.equate(mine, other)
+    return x
+
+
+@rule(aten.one_hot.default)
+def one_hot(site: Site, x: Dims, *_: Any) -> Dims:
+    """``y[..., c] = (x[...] == c)``: the classes are counted by value."""
+    classes = axis(site.shape[-1])
+    site.freeze([classes], "classes are counted by value")
+    return (*x, classes)
+
+
+@rule(aten.bucketize.Tensor, aten.searchsorted.Tensor)
+def bucketize(site: Site, x: Dims, boundaries: Dims, *_: Any, **__: Any) -> Dims:
+    """The number of the interval each entry falls into."""
+    values, table = (x, boundaries) if site.node.target is aten.bucketize.Tensor else (boundaries, x)
+    site.freeze(table, "a table of boundaries")
+    return values
+
+
+@rule(aten.tril.default, aten.triu.default)
+def triangle(site: Site, x: Dims, *_: Any) -> Dims:
+    """Rows and columns are compared by number."""
+    site.freeze(x[-2:], "rows and columns are compared by number")
+    return x

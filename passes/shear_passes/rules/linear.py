@@ -1,0 +1,92 @@
+"""Products of matrices: linear, addmm, mm, bmm, baddbmm, matmul, einsum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shear_ir.axes import Dim, Dims
+from shear_passes.rules.pointwise import broadcast
+from shear_passes.rules.registry import Results, Site, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear.default)
+def linear(site: Site, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
+    """``y[..., o] = sum_i x[..., i] * w[o, i] + b[o]``: o follows w's rows, i its columns."""
+    if len(weight) == 1:
+        site.equate(x[-1], weight[0])
+        site.contract([x[-1]], [(0, x[:-1]), (1, ())], added=[2])
+        return x[:-1]
+    out, in_ = weight
+    site.equate(x[-1], in_)
+    if bias is not None:
+        site.equate(bias[0], out)
+    site.contract([in_], [(0, x[:-1]), (1, [out])], added=[2])
+    return (*x[:-1], out)
+
+
+@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)
+def matmul(site: Site, a: Dims, b: Dims) -> Dims:
+    """``y[..., m, n] = sum_k a[..., m, k] * b[..., k, n]``; leading dims broadcast, vectors have no m or n."""
+    return _product(site, (0, a), (1, b))
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def addmm(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
+    """``y = added + a @ b``, with the addend broadcast."""
+    out = _product(site, (1, a), (2, b), added=[0])
+    return broadcast(site, [out, added])
+
+
+def _product(site: Site, left: tuple[int, Dims], right: tuple[int, Dims], added: list[int] | None = None) -> Dims:
+    (place_a, a), (place_b, b) = left, right
+    k_b = b[-2] if len(b) > 1 else b[0]
+    site.equate(a[-1], k_b)
+    lead = broadcast(site, [a[:-2], b[:-2]])
+    rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
+    free_a, free_b = (*a[:-2], *rows), (*b[:-2], *columns)
+    site.contract([a[-1]], [(place_a, free_a), (place_b, free_b)], added=added or [])
+    return (*lead, *rows, *columns)
+
+
+@rule(aten.einsum.default)
+def einsum(site: Site, equation: str, operands: list[Dims], **_: Any) -> Dims | Results:
+    """One axis per letter; letters that are missing on the right are contracted. An ellipsis broadcasts."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not right and "->" not in equation:
+        letters = sorted(c for c in set(left) - {",", "."} if left.count(c) == 1)
+        right = ("..." if "..." in left else "") + "".join(letters)
+    by_letter: dict[str, Dim] = {}
+    ellipses: list[Dims] = []
+    free: list[list[Dim]] = []
+    for term, dims in zip(terms, operands, strict=True):
+        letters_of = _spread(term, len(dims))
+        if len(set(letters_of)) != len(letters_of):
+            return site.barrier("a diagonal in einsum")
+        kept: list[Dim] = []
+        for letter, dim in zip(letters_of, dims, strict=True):
+            if letter in by_letter and by_letter[letter].size == dim.size:
+                site.equate(by_letter[letter], dim)
+            elif letter not in by_letter or by_letter[letter].size == 1:
+                by_letter[letter] = dim
+            if letter in right or letter.isdigit():
+                kept.append(dim)
+        free.append(kept)
+        ellipses.append(tuple(d for c, d in zip(letters_of, dims, strict=True) if c.isdigit()))
+    over = [dim for letter, dim in by_letter.items() if letter not in right and not letter.isdigit()]
+    site.contract(over, list(zip(site.node.args[1], free, strict=True)))  # type: ignore[arg-type,call-overload]
+    lead = broadcast(site, ellipses)
+    before, _, after = right.partition("...")
+    return (*(by_letter[c] for c in before), *lead, *(by_letter[c] for c in after))
+
+
+def _spread(term: str, rank: int) -> str:
+    """``term`` with its ellipsis written as digits, counted from the right."""
+    if "..." not in term:
+        return term
+    hidden = rank - len(term) + 3
+    return term.replace("...", "".join(str(i) for i in reversed(range(hidden))))

@@ -1,0 +1,79 @@
+"""Normalisation and softmax: what a statistic runs over cannot lose indices, unless it can be rescaled exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from shear_ir.axes import Dims, axis, product, resolve
+from shear_passes.rules.registry import Results, Site, Vanish, resize, rule
+from shear_passes.rules.resizing import Change
+
+aten = torch.ops.aten
+
+
+@rule(aten.layer_norm.default, aten.native_layer_norm.default)
+def layer_norm(
+    site: Site, x: Dims, shape: list[int], weight: Dims | None = None, bias: Dims | None = None, *_: Any
+) -> Dims | Results:
+    """Centres and scales over the last dims: removing an index changes the mean of the others."""
+    normed = x[len(x) - len(shape) :]
+    site.freeze(normed, "layer normalisation runs over the axis and centres it, which no rescaling can mend")
+    for tensor in (weight, bias):
+        for dim, own in zip(normed, tensor or (), strict=False):
+            site.equate(dim, own)
+    return x if len(site.shapes) == 1 else [x, *(site.fresh(s) for s in site.shapes[1:])]
+
+
+@rule(aten.rms_norm.default, vanish=Vanish.FIRST)
+def rms_norm(site: Site, x: Dims, shape: list[int], weight: Dims | None = None, *_: Any) -> Dims:
+    """``y = w * x / sqrt(mean(x^2) + eps)``: the mean over removed zeros differs by a known factor."""
+    normed = x[len(x) - len(shape) :]
+    for dim, own in zip(normed, weight or (), strict=False):
+        site.equate(dim, own)
+    site.contract(normed, [(0, x[: len(x) - len(shape)])], mean=True)
+    return x
+
+
+@rule(aten.group_norm.default, vanish=Vanish.FIRST)
+def group_norm(
+    site: Site, x: Dims, groups: int, weight: Dims | None = None, bias: Dims | None = None, *_: Any
+) -> Dims:
+    """Centres and scales over the channels of each group: a whole group can go, a channel of it cannot."""
+    site.vanish = Vanish.NEVER if bias is None else Vanish.FIRST
+    inner = axis(x[1].size // groups)
+    site.freeze([inner], "group normalisation runs over the channels of a group")
+    site.freeze(x[2:], "group normalisation runs over the positions")
+    site.equate(x[1], product((axis(groups), inner)))
+    for tensor in (weight, bias):
+        if tensor is not None:
+            site.equate(x[1], tensor[0])
+    return x
+
+
+@resize(aten.group_norm.default)
+def resize_group_norm(change: Change) -> None:
+    """The number of groups follows the channels; their size never changes."""
+    channels = change.dims(0)[1]
+    if change.changed(channels):
+        change.set(1, change.size(channels) * change.node.args[1] // resolve(channels).size)  # type: ignore[operator]
+
+
+@rule(aten.batch_norm.default, aten.instance_norm.default, aten._native_batch_norm_legit_no_training.default)
+def batch_norm(site: Site, x: Dims, *tensors: Any, **_: Any) -> Dims | Results:
+    """Scales each channel by statistics of its own: weight, bias, running mean and variance follow the channels."""
+    for tensor in tensors[:4]:
+        if tensor is not None and not isinstance(tensor, bool):
+            site.equate(x[1], tensor[0])
+    if isinstance(tensors[0], tuple) and isinstance(tensors[1], tuple):
+        # Weight and bias of a removed channel are zero in the masked model, and so is the result.
+        site.contract([], [(1, [x[1]])], added=[2])
+    return x if len(site.shapes) == 1 else [x, *(site.fresh(s) for s in site.shapes[1:])]
+
+
+@rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def softmax(site: Site, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
+    """Probabilities over ``dim`` share one sum."""
+    site.freeze([x[dim]], "softmax runs over the axis")
+    return x

@@ -1,0 +1,184 @@
+"""The table from operator to typing rule, and what a rule may say about the call it types.
+
+A rule takes the call's arguments with every tensor replaced by its dims and returns the dims of the result. While it
+runs it equates dims, freezes what it cannot follow, and records which dims the operator contracts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from torch import fx
+
+from shear_ir.axes import Dim, Dims, Hold, axis, freeze, unify
+from shear_ir.program import Shape
+
+Results = list[Dims]
+Rule = Callable[..., "Dims | Results"]
+Constants = Callable[..., "dict[int, Any]"]
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class Barrier(Exception):
+    """Raised by a rule that meets a form of its operator it does not follow."""
+
+
+class Vanish(Enum):
+    """When the result of an operator is zero at a removed index, given which operands are."""
+
+    NEVER = "never"
+    ALL = "all"
+    """Every operand that is read must be zero there: sums, selections, unary functions with f(0) = 0."""
+    ANY = "any"
+    """One factor that is zero there is enough: products."""
+    MOVED = "moved"
+    """The operator only moves elements: those at the index come from operands that carry it."""
+    FIRST = "first"
+    """The first operand decides: quotients, scaling by a factor that does not depend on the index."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a contraction: its node and the dims that remain after the contraction."""
+
+    node: fx.Node
+    free: Dims
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """``out[...] = sum over the dims in ``over`` of the product of the operands, plus ``added``.
+
+    ``mean``: divided by the size of ``over``. ``mixed``: a convex combination over an axis that is frozen, as in
+    attention's probabilities times values. The last contraction that a call records is the one that makes its value.
+    """
+
+    node: fx.Node
+    over: Dims
+    operands: tuple[Operand, ...]
+    added: tuple[fx.Node, ...] = ()
+    mean: bool = False
+    mixed: bool = False
+
+
+@dataclass
+class Site:
+    """One operator call while its rule runs."""
+
+    node: fx.Node
+    shapes: tuple[Shape, ...]
+    vanish: Vanish = Vanish.NEVER
+    contractions: list[Contraction] = field(default_factory=list)
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the only result."""
+        return self.shapes[0]
+
+    @property
+    def where(self) -> str:
+        """The call as people read it."""
+        return f"%{self.node.name} = {op_name(self.node)}"
+
+    def fresh(self, shape: Iterable[int] | None = None) -> Dims:
+        """New atoms for the sizes of ``shape`` (default: of the only result)."""
+        return tuple(axis(size) for size in (self.shape if shape is None else shape))
+
+    def equate(self, left: Dim, right: Dim) -> None:
+        """The two dims have the same indices; where that has no solution both freeze."""
+        unify(left, right, self.where)
+
+    def freeze(self, dims: Iterable[Dim], reason: str, hold: Hold = Hold.HARD) -> None:
+        """No index of these dims can be removed, because of this call."""
+        for dim in dims:
+            freeze(dim, f"{reason} at {self.where}", hold)
+
+    def barrier(self, reason: str) -> Results:
+        """The call is not understood: everything it reads and makes is frozen."""
+        raise Barrier(reason)
+
+    def contract(
+        self,
+        over: Sequence[Dim],
+        operands: Iterable[tuple[int | str | fx.Node, Sequence[Dim]]],
+        *,
+        added: Iterable[int | str] = (),
+        mean: bool = False,
+        mixed: bool = False,
+    ) -> None:
+        """Record a contraction; operands and addends are named by their place among the call's arguments."""
+        sides = []
+        for place, free in operands:
+            node = self._argument(place)
+            if node is not None:
+                sides.append(Operand(node, tuple(free)))
+        extra = tuple(n for n in (self._argument(place) for place in added) if n is not None)
+        self.contractions.append(Contraction(self.node, tuple(over), tuple(sides), extra, mean, mixed))
+
+    def _argument(self, place: int | str | fx.Node) -> fx.Node | None:
+        if isinstance(place, fx.Node):
+            return place
+        if isinstance(place, str):
+            value = self.node.kwargs.get(place)
+        else:
+            value = self.node.args[place] if place < len(self.node.args) else None
+        return value if isinstance(value, fx.Node) else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the table knows of an operator."""
+
+    rule: Rule
+    vanish: Vanish
+    resize: Callable[..., Any] | None = None
+
+
+_RULES: dict[Any, Entry] = {}
+
+
+def rule(*ops: Any, vanish: Vanish = Vanish.NEVER) -> Callable[[R], R]:
+    """Make the function below the typing rule of ``ops``; ``vanish`` says when their results are zero."""
+
+    def register(function: R) -> R:
+        for op in ops:
+            if op in _RULES:
+                raise ValueError(f"two rules for {op}")
+            _RULES[op] = Entry(function, vanish)
+        return function
+
+    return register
+
+
+def resize(*ops: Any) -> Callable[[R], R]:
+    """Make the function below rewrite the shape constants of ``ops`` after indices are removed.
+
+    It gets the call's ``Change`` and returns nothing: it edits the call's arguments, or replaces the call.
+    """
+
+    def register(function: R) -> R:
+        for op in ops:
+            entry = _RULES[op]
+            _RULES[op] = Entry(entry.rule, entry.vanish, function)
+        return function
+
+    return register
+
+
+def entry_of(op: Any) -> Entry | None:
+    """The table's row for ``op``; None when there is no rule."""
+    return _RULES.get(op)
+
+
+def op_name(node: fx.Node) -> str:
+    """The operator as the text IR spells it: ``aten.linear`` for ``aten.linear.default``."""
+    text = str(node.target) if hasattr(node.target, "overloadpacket") else getattr(node.target, "__name__", "call")
+    return text.removesuffix(".default")
+
+
+def wrap(dim: int, rank: int) -> int:
+    """A dim counted from the front."""
+    return dim + rank if dim < 0 else dim

@@ -1,0 +1,111 @@
+"""Views: the same elements in the same order under other dims."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shear_ir.axes import ONE, Dims, product
+from shear_passes.rules.registry import Results, Site, Vanish, resize, rule, wrap
+from shear_passes.rules.resizing import Change
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.view_as.default, aten.reshape_as.default,
+    vanish=Vanish.MOVED,
+)  # fmt: skip
+def view(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+    """Row-major order is kept, so the product of all dims before equals the product after."""
+    before, after = tuple(d.size for d in x), site.shape
+    same = 0
+    while same < min(len(before), len(after)) and before[same] == after[same]:
+        same += 1
+    out = site.fresh(after[same:])
+    site.equate(product(x[same:]), product(out))
+    return (*x[:same], *out)
+
+
+@resize(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+def resize_view(change: Change) -> None:
+    """Sizes follow the dims of the result; a size of -1 or one computed from the input stays as it is."""
+    change.sizes(1)
+
+
+@resize(aten.unflatten.int)
+def resize_unflatten(change: Change) -> None:
+    """As a view, for the dims that one dim was unfolded into."""
+    start = wrap(change.node.args[1], len(change.dims(0)))  # type: ignore[arg-type]
+    change.sizes(2, first=start)
+
+
+@rule(aten.transpose.int, aten.swapaxes.default, vanish=Vanish.MOVED)
+def transpose(site: Site, x: Dims, a: int, b: int) -> Dims:
+    """Two dims change places."""
+    dims = list(x)
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, vanish=Vanish.MOVED)
+def transposed(site: Site, x: Dims) -> Dims:
+    """The last two dims change places."""
+    return (*x[:-2], *reversed(x[-2:]))
+
+
+@rule(aten.permute.default, vanish=Vanish.MOVED)
+def permute(site: Site, x: Dims, order: Sequence[int]) -> Dims:
+    """Dims in another order."""
+    return tuple(x[place] for place in order)
+
+
+@rule(aten.movedim.int, aten.movedim.intlist, vanish=Vanish.MOVED)
+def movedim(site: Site, x: Dims, source: int | list[int], target: int | list[int]) -> Dims:
+    """Some dims move, the others keep their order."""
+    sources = [wrap(s, len(x)) for s in ([source] if isinstance(source, int) else source)]
+    targets = [wrap(t, len(x)) for t in ([target] if isinstance(target, int) else target)]
+    placed = dict(zip(targets, sources, strict=True))
+    others = iter(place for place in range(len(x)) if place not in sources)
+    return tuple(x[placed[place]] if place in placed else x[next(others)] for place in range(len(x)))
+
+
+@rule(aten.unsqueeze.default, vanish=Vanish.MOVED)
+def unsqueeze(site: Site, x: Dims, dim: int) -> Dims:
+    """A dim of size 1 comes in."""
+    place = wrap(dim, len(x) + 1)
+    return (*x[:place], ONE, *x[place:])
+
+
+@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, vanish=Vanish.MOVED)
+def squeeze(site: Site, x: Dims, dim: int | Sequence[int] | None = None) -> Dims | Results:
+    """Dims of size 1 go out."""
+    places = range(len(x)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {wrap(place, len(x)) for place in places}
+    return tuple(d for place, d in enumerate(x) if place not in gone or d.size != 1)
+
+
+@rule(
+    aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default,
+    aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
+    aten.to.other, aten._to_copy.default, aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default,
+    aten.type_as.default, aten.alpha_dropout.default,
+    vanish=Vanish.MOVED,
+)  # fmt: skip
+def identity(site: Site, x: Dims, *_: Any, **__: Any) -> Dims | Results:
+    """The same tensor in another dtype, layout or place; dropout in evaluation mode."""
+    if tuple(d.size for d in x) != site.shape:
+        return site.barrier("an identity that changes the shape")
+    return x
+
+
+@rule(aten.copy_.default)
+def copy_(site: Site, x: Dims, source: Dims, *_: Any) -> Dims:
+    """``x[...] = source``, broadcast."""
+    for mine, other in zip(reversed(x), reversed(source), strict=False):
+        if other.size != 1:
+            site.equate(mine, other)
+    return x

@@ -1,0 +1,178 @@
+"""torch.export to Program: the only room that imports torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.export.graph_signature import InputKind
+
+from shear_ir.errors import TraceError
+from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.regions import GraphCopier
+from shear_ir.program import ModuleInfo, Param, Program, TensorType
+
+_ROOT = "root"
+_KINDS = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
+
+
+def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
+    """Trace ``model`` into a Program; the model is not changed and no weight is kept.
+
+    ``inputs``: forward arguments by name, or a tensor, or a sequence; made from the signature and config when None.
+    ``dynamic``: keep batch and length symbolic, so that the graph runs at other sizes (about twice the time).
+    Raises ``TraceError`` naming the module in which tracing failed and what can be done.
+    """
+    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
+    with _quiet(model):
+        exported = _export(model, feed, dynamic)
+    return _program(model, exported, feed, dynamic)
+
+
+class _Logits(nn.Module):
+    """Calls the model with named tensors and returns its tensors, without caches and without output classes."""
+
+    def __init__(self, root: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.root = root
+        self.names = names
+        config = getattr(root, "config", None)
+        self.fixed: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
+
+    def forward(self, *args: Tensor) -> Any:
+        return tensors_of(self.root(**dict(zip(self.names, args, strict=True)), **self.fixed))
+
+
+def tensors_of(output: Any) -> tuple[Tensor, ...]:
+    """The tensors of a model's output that prediction uses: the logits alone where there are logits."""
+    if isinstance(output, Tensor):
+        return (output,)
+    if isinstance(output, dict):
+        if isinstance(output.get("logits"), Tensor):
+            return (output["logits"],)
+        values = [v for k, v in output.items() if k not in ("past_key_values", "hidden_states", "attentions")]
+    elif isinstance(output, (tuple, list)):
+        values = list(output)
+    else:
+        values = []
+    return tuple(t for value in values for t in tensors_of(value))
+
+
+def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
+    wrapper = _Logits(model, tuple(feed))
+    shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in feed.values())} if dynamic else None
+
+    def attempt() -> ExportedProgram:
+        return export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
+
+    try:
+        return attempt()
+    except Exception as first:
+        try:
+            with _transformers_patches():
+                return attempt()
+        except Exception:
+            raise _trace_error(model, first) from first
+
+
+def _trace_error(model: nn.Module, failure: Exception) -> TraceError:
+    text = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    return TraceError(
+        f"{type(model).__name__} cannot be traced: {_failing_module(model, failure)}{type(failure).__name__}: {text} "
+        "Pass inputs={name: tensor} that the model accepts, or a model whose forward does not branch on data."
+    )
+
+
+def _failing_module(model: nn.Module, failure: Exception) -> str:
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = ""
+    frame = failure.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            found = f"in module {paths[id(owner)]} ({type(owner).__name__}), "
+        frame = frame.tb_next
+    return found
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Trace in evaluation mode and without the warnings that torch.export prints for correct models."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _transformers_patches() -> Iterator[None]:
+    """transformers' own patches for models whose forward cannot be exported as it stands."""
+    try:
+        from transformers.exporters import exporter_dynamo
+        from transformers.exporters.utils import apply_patches
+    except ImportError:
+        yield
+        return
+    del exporter_dynamo  # imported because it registers the patches
+    with apply_patches("dynamo"):
+        yield
+
+
+def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic: bool) -> Program:
+    names = _canonical_names(model)
+    signature = exported.graph_signature
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    copier = GraphCopier(exported.graph_module, strip=_ROOT)
+    params: dict[str, Param] = {}
+    of_placeholder: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    feeds = iter(feed)
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        kind = _KINDS.get(spec.kind)
+        if kind is None:
+            copier.placeholder(node, next(feeds))
+            continue
+        target = (spec.target or "").removeprefix(_ROOT + ".")
+        name = names.get(target, target)
+        copy = copier.placeholder(node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_"))
+        of_placeholder[copy.name] = name
+        if kind == "constant":
+            constants[name] = exported.constants[spec.target or ""]
+        if name not in params:
+            aliases = tuple(other for other, first in names.items() if first == name and other != name)
+            persistent = spec.persistent is not False
+            params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)  # type: ignore[arg-type]
+    copier.body()
+    modules = {p: ModuleInfo(p, f"{type(m).__module__}.{type(m).__qualname__}") for p, m in model.named_modules()}
+    config = getattr(model, "config", None)
+    return Program(
+        graph=copier.graph,
+        types=copier.types,
+        params=params,
+        of_placeholder=of_placeholder,
+        modules=modules,
+        constants=constants,
+        caches=bool(getattr(config, "use_cache", False)),
+        dynamic=dynamic,
+        owner=type(model).__name__,
+    )
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every tensor name of the model to the first name of the same tensor."""
+    first: dict[int, str] = {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+
+
+__all__ = ["TensorType", "tensors_of", "trace"]

@@ -1,0 +1,108 @@
+"""Copying an exported graph with its higher-order regions laid open.
+
+``wrap_with_set_grad_enabled`` and ``wrap_with_autocast`` call a subgraph; here its operators are copied in line, so
+that every later pass sees one flat graph. What a no-grad region returns is detached, which is the same function and
+the same gradient. A region of any other kind stays a call, and the analysis treats it as a barrier.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from shear_ir.program import TensorType
+from shear_ir.verifier import types_of
+
+# Checks that the exporter leaves behind; shapes are checked by the verifier, and pruning changes some of them.
+_GUARDS = {"aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range",
+           "aten::sym_constrain_range_for_size"}  # fmt: skip
+
+
+class GraphCopier:
+    """Copies the graph of ``source`` node by node; ``strip`` is the module-path prefix of the tracing wrapper."""
+
+    def __init__(self, source: fx.GraphModule, strip: str) -> None:
+        self.source = source
+        self.strip = strip
+        self.graph = fx.Graph()
+        self.types: dict[str, tuple[TensorType, ...]] = {}
+        self._env: dict[fx.Node, Any] = {}
+
+    def placeholder(self, node: fx.Node, name: str) -> fx.Node:
+        """Copy an input under a name of its own."""
+        copy = self.graph.placeholder(name)
+        self._keep(node, copy)
+        return copy
+
+    def body(self) -> None:
+        """Copy everything that is not a placeholder."""
+        self._region(self.source, inputs=None)
+        self.graph.lint()
+
+    def _region(self, owner: torch.nn.Module, inputs: tuple[Any, ...] | None) -> Any:
+        graph = owner.graph
+        assert isinstance(graph, fx.Graph)
+        feeds = iter(inputs or ())
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                if inputs is not None:
+                    self._env[node] = next(feeds)
+            elif node.op == "output":
+                if inputs is not None:
+                    return fx.map_arg(node.args[0], self._env.__getitem__)
+                self.graph.output(fx.map_arg(node.args[0], self._env.__getitem__))
+            elif node.op == "get_attr":
+                self._env[node] = getattr(owner, str(node.target))
+            else:
+                self._call(node)
+        return None
+
+    def _call(self, node: fx.Node) -> None:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in _GUARDS:
+            return
+        args = fx.map_arg(node.args, self._env.__getitem__)
+        name = getattr(node.target, "__name__", "")
+        if name == "wrap_with_set_grad_enabled":
+            enabled, region, *rest = args
+            self._env[node] = self._results(self._region(region, tuple(rest)), detach=not enabled)
+        elif name == "wrap_with_autocast":
+            region, *rest = args[4:]
+            self._env[node] = self._region(region, tuple(rest))
+        elif node.target is operator.getitem and not isinstance(args[0], fx.Node):
+            self._env[node] = args[0][args[1]]
+        else:
+            if any(isinstance(a, fx.GraphModule) for a in args):
+                args = tuple(f"<region {name}>" if isinstance(a, fx.GraphModule) else a for a in args)
+            kwargs = fx.map_arg(node.kwargs, self._env.__getitem__)
+            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            self._keep(node, copy)
+
+    def _results(self, results: Any, detach: bool) -> Any:
+        if not detach:
+            return results
+        detached = []
+        for value in results:
+            copy = value
+            if isinstance(value, fx.Node) and self.types.get(value.name) and self._floats(value):
+                copy = self.graph.call_function(torch.ops.aten.detach.default, (value,))
+                copy.meta = dict(value.meta)
+                self.types[copy.name] = self.types[value.name]
+            detached.append(copy)
+        return detached
+
+    def _floats(self, value: fx.Node) -> bool:
+        return all(t.dtype.is_floating_point for t in self.types[value.name])
+
+    def _keep(self, node: fx.Node, copy: fx.Node) -> None:
+        self._env[node] = copy
+        self.types[copy.name] = types_of(node.meta.get("val"))
+        stack = node.meta.get("nn_module_stack") or {}
+        copy.meta["nn_module_stack"] = {
+            key: (path.removeprefix(self.strip).lstrip("."), kind)
+            for key, (path, kind) in stack.items()
+            if path
+        }
+        copy.meta["stack_trace"] = node.meta.get("stack_trace", "")

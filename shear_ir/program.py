@@ -1,0 +1,153 @@
+"""Program: the exported FX graph seen as typed values over named tensors, with no weights inside.
+
+A Program is never mutated: a rewrite returns a new one, so the old one is there to compare, print and blame.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+Shape = tuple[int, ...]
+TensorKind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape and dtype of one tensor; dims that vary with the input hold their size at trace time."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Param:
+    """A tensor the model owns, by identity: tied weights are one Param with ``aliases``."""
+
+    name: str
+    kind: TensorKind
+    type: TensorType
+    aliases: tuple[str, ...] = ()
+    persistent: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.type.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One entry of the module tree: its path from the root and the qualified name of its class."""
+
+    path: str
+    type: str
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A traced model.
+
+    ``graph``: ATen calls over placeholders; each placeholder is a Param or an input. ``types``: node name to the
+    types of its tensor results (one for a tensor, several for a tuple). ``params`` by canonical name, in graph order;
+    ``of_placeholder`` maps a placeholder to its Param. ``constants`` holds the small tensors the trace lifted.
+    ``caches``: whether the model keeps keys and values per generated token. ``dynamic``: whether batch and length
+    stayed symbolic, so that the graph runs at other sizes.
+    """
+
+    graph: fx.Graph
+    types: Mapping[str, tuple[TensorType, ...]]
+    params: Mapping[str, Param]
+    of_placeholder: Mapping[str, str]
+    modules: Mapping[str, ModuleInfo]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    caches: bool = False
+    dynamic: bool = False
+    owner: str = "model"
+
+    @cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """Every node in order of execution."""
+        return tuple(self.graph.nodes)
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the placeholders that the user feeds."""
+        return tuple(n.name for n in self.nodes if n.op == "placeholder" and n.name not in self.of_placeholder)
+
+    @cached_property
+    def placeholder_of(self) -> Mapping[str, fx.Node]:
+        """The placeholder of each Param, by the Param's name."""
+        return {self.of_placeholder[n.name]: n for n in self.nodes if n.name in self.of_placeholder}
+
+    def param(self, node: fx.Node) -> Param | None:
+        """The Param behind a placeholder; None for any other node."""
+        name = self.of_placeholder.get(node.name)
+        return None if name is None else self.params[name]
+
+    def type(self, node: fx.Node) -> TensorType | None:
+        """The type of a node with one tensor result; None for any other node."""
+        types = self.types.get(node.name, ())
+        return types[0] if len(types) == 1 else None
+
+    def calls(self) -> Iterator[fx.Node]:
+        """The operator calls in order, without the ``getitem`` that only unpack them."""
+        return (n for n in self.nodes if n.op == "call_function" and n.target is not operator.getitem)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        """Number of trainable-or-frozen parameters, tied ones counted once; buffers are not parameters."""
+        return sum(p.numel for p in self.params.values() if p.kind == "parameter")
+
+    @cached_property
+    def digest(self) -> str:
+        """Names and shapes of all tensors as a short hash: two models a plan can serve alike share it."""
+        text = ";".join(f"{p.name}{p.type.shape}" for p in sorted(self.params.values(), key=lambda p: p.name)
+                        if p.kind != "constant")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        from shear_ir.printer import plain
+
+        return plain(self)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module the node was traced in; empty at the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return str(list(stack.values())[-1][0])
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the model's source that made the node, as ``file:line code``; empty when unknown."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in str(trace).splitlines() if line.strip()]
+    for place in range(len(lines) - 2, -1, -1):
+        if lines[place].startswith("File ") and "/torch/nn/" not in lines[place]:
+            return f"{lines[place]}: {lines[place + 1]}"
+    return ""
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes a call reads, in the order of its arguments, repeated as often as they stand there."""
+    found: list[fx.Node] = []
+
+    def take(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            found.append(value)
+        return value
+
+    fx.map_arg((node.args, node.kwargs), take)
+    return found
