@@ -20,19 +20,14 @@ def run(folder: Path, test: str, *options: str) -> subprocess.CompletedProcess[s
 
 def again(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Run the file that ``run`` left there."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(folder),
-        "-p",
-        "tests.golden",
-        *options,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", ".", "-p", "tests.golden", *options]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_ADDOPTS": "",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # saves a second each
+    }
     return subprocess.run(
         [*command, "test_inner.py"], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -129,8 +124,24 @@ def test_accept_needs_a_literal(tmp_path: Path) -> None:
     assert "literals only" in result.stdout
 
 
+def test_accept_leaves_a_file_that_changed_meanwhile(tmp_path: Path) -> None:
+    result = run(
+        tmp_path,
+        """
+        def test_it():
+            expect("new", "old")
+            with open(__file__, "a") as file:
+                file.write("# edited")
+        """,
+        "--accept",
+    )
+    assert result.returncode == 4
+    assert "changed while its tests ran" in result.stderr
+    assert 'expect("new", "old")' in written(tmp_path)
+
+
 def test_accept_refuses_several_processes(tmp_path: Path) -> None:
-    result = run(tmp_path, 'def test_it():\n    expect("new", "old")\n', "--accept", "-n", "1")
+    result = run(tmp_path, 'def test_it():\n    expect("new", "old")\n', "--accept", "-p", "xdist", "-n", "1")
     assert result.returncode == 4
     assert "leave out -n" in result.stderr
     assert 'expect("new", "old")' in written(tmp_path)
