@@ -21,6 +21,16 @@ _ZERO_TO_ZERO = {
 }  # fmt: skip
 
 
+_UNTAGGED = {
+    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "where", "masked_fill", "masked_fill_", "type_as",
+    "multiply", "subtract", "divide", "true_divide", "negative", "absolute", "square", "clip", "relu6", "selu",
+    "rsub", "maximum", "minimum", "fmod", "remainder", "floor_divide", "logical_and", "logical_or", "isnan", "isinf",
+    "isfinite", "nan_to_num", "softplus", "hardtanh", "clamp", "clamp_", "float_power", "ldexp", "greater",
+    "less", "not_equal", "greater_equal", "less_equal", "log_sigmoid", "prelu", "rrelu", "celu", "silu",
+}  # fmt: skip
+"""Elementwise by their definition, though the composite ops among them carry no tag."""
+
+
 def broadcast(site: Site, operands: Sequence[Dims]) -> Dims:
     """Dims of the broadcast of ``operands``, aligned from the right; a dim of size 1 says nothing about the others."""
     rank = max((len(dims) for dims in operands), default=0)
@@ -54,9 +64,11 @@ class DimsTuple(tuple):  # type: ignore[type-arg]  # a tuple of Dim, told apart 
 
 def pointwise_entry(op: Any) -> Entry | None:
     """A row for any op that its tag calls pointwise; None for the others."""
-    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.pointwise not in op.tags:
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
     name = op.overloadpacket.__name__
+    if torch.Tag.pointwise not in op.tags and name not in _UNTAGGED:
+        return None
     if name in _PRODUCTS:
         return Entry(pointwise, Vanish.ANY)
     if name in _SUMS:

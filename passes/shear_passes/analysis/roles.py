@@ -1,0 +1,238 @@
+"""What an axis is for: its kind follows from how operators use it, never from the names of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import fx
+
+from shear_ir.axes import Axis, Concat, Dim, Product, atoms, resolve
+from shear_ir.program import Program
+from shear_passes.analysis.infer_axes import Axes
+from shear_passes.analysis.vanish import Zeros
+from shear_passes.rules.registry import Contraction, op_name
+
+Kind = Literal[
+    "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
+    "vocab", "other",
+]  # fmt: skip
+
+aten = torch.ops.aten
+
+
+class _Slice(Protocol):
+    @property
+    def parameter(self) -> str: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def expression(self) -> Dim: ...
+
+
+def find_roles(
+    program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]
+) -> dict[Axis, Kind]:
+    """The kind of every axis that occurs in a parameter; the first of the roles below that fits."""
+    kinds: dict[Axis, Kind] = {}
+
+    def assign(found: Iterable[Axis], kind: Kind) -> None:
+        for atom in found:
+            if atom in slices:
+                kinds.setdefault(atom, kind)
+
+    assign(_vocabulary(program, axes), "vocab")
+    ranks = _lora_ranks(program, axes)
+    assign(ranks, "lora_rank")
+    residual = _residual(program, axes)
+    attention = _Attention(program, axes, zeros, residual)
+    assign(attention.kv_heads, "kv_head")
+    assign(attention.query_groups, "query_group")
+    rotary = {a for a in attention.head_dims if _paired(a, slices.get(a, ()))}
+    assign(rotary, "rotary_pair")
+    assign(attention.head_dims, "head_dim")
+    assign(residual, "residual")
+    made, read, convolved = _made_and_read(program, axes)
+    assign(convolved, "conv_channel")
+    assign(made & read, "ffn")
+    return {atom: kinds.get(atom, "other") for atom in slices}
+
+
+def _atoms(dims: Iterable[Dim]) -> set[Axis]:
+    return {a for dim in dims for a in atoms(dim)}
+
+
+def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
+    found: set[Axis] = set()
+    for node in program.calls():
+        if node.target is aten.embedding.default:
+            table = node.args[0]
+            found |= _atoms(axes.dims(table)[:1]) if isinstance(table, fx.Node) else set()
+        elif node.op == "call_function" and any(user.op == "output" for user in node.users):
+            found |= _atoms(axes.dims(node)[-1:])
+    return found
+
+
+def _by_call(axes: Axes) -> dict[str, Contraction]:
+    return {c.node.name: c for c in axes.contractions}
+
+
+def _owned(program: Program, node: fx.Node) -> bool:
+    return program.param(node) is not None
+
+
+def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
+    """The axis inside ``B(A(x))`` where the result is added to another linear map of the same ``x``."""
+    contractions = _by_call(axes)
+    found: set[Axis] = set()
+    for node in program.calls():
+        if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
+            continue
+        sides = [_linear_chain(program, contractions, a) for a in node.args if isinstance(a, fx.Node)]
+        if len(sides) != 2 or not all(sides):
+            continue
+        base, branch = sorted(sides, key=len)
+        if len(base) == 1 and len(branch) == 2 and _source(base[0]) is _source(branch[-1]):
+            found |= _atoms(branch[0].over)
+    return found
+
+
+def _linear_chain(program: Program, contractions: Mapping[str, Contraction], node: fx.Node) -> list[Contraction]:
+    """The linear maps by parameters that make ``node``, last first, with only scaling and dropout in between."""
+    chain: list[Contraction] = []
+    while len(chain) < 3:
+        node = _unscaled(node)
+        made = contractions.get(node.name)
+        if made is None or not any(_owned(program, o.node) for o in made.operands):
+            break
+        chain.append(made)
+        node = made.operands[0].node
+    return chain
+
+
+def _source(made: Contraction) -> fx.Node:
+    return _unscaled(made.operands[0].node)
+
+
+def _unscaled(node: fx.Node) -> fx.Node:
+    while op_name(node) in ("aten.mul.Tensor", "aten.dropout", "aten.to.dtype", "aten.add.Tensor", "aten.view"):
+        nodes = [a for a in node.args if isinstance(a, fx.Node)]
+        if len(nodes) != 1:
+            break
+        node = nodes[0]
+    return node
+
+
+def _residual(program: Program, axes: Axes) -> set[Axis]:
+    """Axes of sums in which one term was made from the other: the stream that blocks add to."""
+    order = {node: place for place, node in enumerate(program.nodes)}
+    contracting = {c.node for c in axes.contractions}
+    found: set[Axis] = set()
+    for node in program.calls():
+        if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
+            continue
+        terms = [a for a in node.args[:2] if isinstance(a, fx.Node) and not _owned(program, a)]
+        if len(terms) != 2 or len(axes.dims(terms[0])) != len(axes.dims(terms[1])):
+            continue
+        earlier, later = sorted(terms, key=order.__getitem__)
+        if _mapped_from(later, earlier, order, contracting):
+            found |= _atoms(axes.dims(node))
+    return found
+
+
+def _mapped_from(later: fx.Node, earlier: fx.Node, order: Mapping[fx.Node, int], contracting: set[fx.Node]) -> bool:
+    """Whether ``later`` was made from ``earlier`` with a contraction on the way, as a block does and ``x + x^3`` not."""
+    start = (later, later in contracting)
+    stack, seen = [start], {start}
+    first = order[earlier]
+    while stack:
+        node, mapped = stack.pop()
+        for source in node.all_input_nodes:
+            if source is earlier and mapped:
+                return True
+            step = (source, mapped or source in contracting)
+            if order[source] > first and step not in seen:
+                seen.add(step)
+                stack.append(step)
+    return False
+
+
+class _Attention:
+    """The axes of products of two activations: scores sum over head_dim, heads are shared, values carry theirs."""
+
+    def __init__(self, program: Program, axes: Axes, zeros: Zeros, residual: set[Axis]) -> None:
+        self.kv_heads: set[Axis] = set()
+        self.query_groups: set[Axis] = set()
+        self.head_dims: set[Axis] = set()
+        products = [
+            c for c in axes.contractions
+            if len(c.operands) == 2 and not any(_owned(program, o.node) for o in c.operands)
+        ]  # fmt: skip
+        mixes = [c for c in axes.contractions if c.mixed]
+        scores, sums = [], []
+        for made in products:
+            over = _atoms(made.over)
+            both = all(over <= zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
+            (scores if both and over and not over & residual else sums).append(made)
+        for made in scores:
+            self._score(made, zeros)
+        for made in (*sums, *mixes):
+            self._mix(made, zeros)
+
+    def _score(self, made: Contraction, zeros: Zeros) -> None:
+        self.head_dims |= _atoms(made.over)
+        left, right = (_atoms(o.free) & zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
+        self.kv_heads |= left & right
+        self.query_groups |= left ^ right
+
+    def _mix(self, made: Contraction, zeros: Zeros) -> None:
+        heads = self.kv_heads | self.query_groups
+        for operand in made.operands:
+            live = _atoms(operand.free) & zeros.of_node.get(operand.node.name, frozenset())
+            self.head_dims |= live - heads
+
+
+def _paired(atom: Axis, owned: Sequence[_Slice]) -> bool:
+    """Whether a unit owns two places of a head: laid half by half, or side by side."""
+    return any(_pair_in(resolve(s.expression), atom) for s in owned)
+
+
+def _pair_in(dim: Dim, atom: Axis) -> bool:
+    if isinstance(dim, Concat):
+        return sum(1 for p in dim.parts if p is atom) > 1 and _adjacent(dim, atom) or any(
+            _pair_in(p, atom) for p in dim.parts
+        )
+    if isinstance(dim, Product):
+        for place, factor in enumerate(dim.factors[:-1]):
+            if factor is atom and _constant(dim.factors[place + 1]):
+                return True
+        return any(_pair_in(f, atom) for f in dim.factors)
+    return False
+
+
+def _adjacent(dim: Concat, atom: Axis) -> bool:
+    return any(a is atom and b is atom for a, b in zip(dim.parts, dim.parts[1:], strict=False))
+
+
+def _constant(dim: Dim) -> bool:
+    return isinstance(dim, Concat) and not any(True for _ in atoms(dim))
+
+
+def _made_and_read(program: Program, axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
+    """Axes some parameter makes, axes some parameter sums over, and axes of convolution weights."""
+    made: set[Axis] = set()
+    read: set[Axis] = set()
+    convolved: set[Axis] = set()
+    for contraction in axes.contractions:
+        for operand in contraction.operands:
+            if not _owned(program, operand.node):
+                continue
+            free = _atoms(operand.free)
+            made |= free
+            read |= _atoms(contraction.over)
+            if op_name(contraction.node).startswith("aten.conv"):
+                convolved |= free | _atoms(contraction.over)
+    return made, read, convolved

@@ -1,0 +1,169 @@
+"""Where a value is zero once units are masked to zero: what makes leaving an index out the same as zeroing it.
+
+A contraction over an axis misses nothing when a removed index goes, provided one of its factors is zero there in the
+masked model. Parameters are, by definition of the mask; products keep it, sums need it of every term, and functions
+with f(0) != 0 lose it. A contraction that cannot show it freezes its axis.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from shear_ir.axes import Axis, Dim, Dims, Hold, atoms, freeze
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.program import Program
+from shear_passes.analysis.infer_axes import Axes, InferAxes
+from shear_passes.rules.registry import Contraction, Vanish, op_name
+
+Atoms = frozenset[Axis]
+_NOTHING: Atoms = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class Zeros:
+    """``of_node``: the atoms at whose removed indices a node's value is zero in the masked model.
+
+    ``contracted``: the atoms that some operator sums over.
+    """
+
+    of_node: Mapping[str, Atoms]
+    contracted: Atoms
+
+
+@dataclass(frozen=True)
+class FindZeros(Analysis[Zeros]):
+    """One walk; freezes the axes of contractions that removed indices would change."""
+
+    requires = (InferAxes,)
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Zeros:
+        """Linear in the number of nodes."""
+        return _Walk(program, analyses.get(InferAxes())).run()
+
+
+class _Walk:
+    def __init__(self, program: Program, axes: Axes) -> None:
+        self.program = program
+        self.axes = axes
+        self.zero: dict[str, Atoms] = {}
+        self.by_call: dict[str, list[Contraction]] = {}
+        for contraction in axes.contractions:
+            self.by_call.setdefault(contraction.node.name, []).append(contraction)
+        self.mutated = _mutated(program)
+        self._counts: dict[int, Counter[Axis]] = {}
+
+    def run(self) -> Zeros:
+        contracted: set[Axis] = set()
+        for node in self.program.nodes:
+            if node.op == "output":
+                continue
+            self.zero[node.name] = _NOTHING if node.name in self.mutated else self._of(node)
+            for contraction in self.by_call.get(node.name, ()):
+                contracted.update(a for dim in contraction.over for a in atoms(dim))
+                self._check(contraction)
+        return Zeros(self.zero, frozenset(contracted))
+
+    def carried(self, dims: Iterable[Dim]) -> Counter[Axis]:
+        """How many of the dims each atom occurs in."""
+        total: Counter[Axis] = Counter()
+        for dim in dims:
+            if id(dim) not in self._counts:
+                self._counts[id(dim)] = Counter(dict.fromkeys(atoms(dim), 1))
+            total.update(self._counts[id(dim)])
+        return total
+
+    def _of(self, node: fx.Node) -> Atoms:
+        results = self.axes.of_node.get(node.name, [])
+        if node.op == "placeholder":
+            owned = self.program.param(node) is not None
+            return frozenset(self.carried(results[0])) if owned and results else _NOTHING
+        law = self.axes.vanish.get(node.name, Vanish.NEVER)
+        out = Counter[Axis]()
+        for dims in results:
+            out |= self.carried(dims)
+        if law is Vanish.MOVED:
+            return self._moved(node, out)
+        if law is Vanish.FIRST:
+            return self._first(node, out)
+        if law is Vanish.ANY:
+            return frozenset(a for o in node.all_input_nodes for a in self._aligned(o, out))
+        if law is Vanish.ALL:
+            return self._all(node, out)
+        made = self.by_call.get(node.name)
+        return self._contracted(made[-1], out) if made else _NOTHING
+
+    def _aligned(self, operand: fx.Node, out: Counter[Axis], free: Dims | None = None) -> Atoms:
+        """The atoms that vanish in ``operand`` and whose dims in the result all come from it."""
+        dims = self.axes.dims(operand) if free is None else free
+        mine = self.carried(dims)
+        return frozenset(a for a in self.zero.get(operand.name, _NOTHING) if a in out and mine[a] == out[a])
+
+    def _moved(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+        sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        found: set[Axis] = set()
+        broken: set[Axis] = set()
+        for source in sources:
+            if not isinstance(source, fx.Node):
+                continue
+            zero = self.zero.get(source.name, _NOTHING)
+            for dims in self.axes.of_node.get(source.name, []):
+                carried = set(self.carried(dims))
+                found |= carried & zero
+                broken |= carried - zero
+        return frozenset(a for a in found - broken if a in out)
+
+    def _first(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node):
+            return _NOTHING
+        if op_name(node).startswith("aten.pow") and not _positive(node.args[1]):
+            return _NOTHING
+        others = [n for n in node.all_input_nodes if n is not first]
+        # A divisor that is zero there would make the quotient NaN.
+        tainted = frozenset[Axis]().union(*(self.zero.get(n.name, _NOTHING) for n in others))
+        divides = op_name(node).startswith("aten.div")
+        return frozenset(a for a in self._aligned(first, out) if not (divides and a in tainted))
+
+    def _all(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+        if any(isinstance(a, int | float) and a != 0 for a in node.args):
+            return _NOTHING
+        sets = [self._aligned(o, out) for o in node.all_input_nodes]
+        return frozenset.intersection(*sets) if sets else _NOTHING
+
+    def _contracted(self, made: Contraction, out: Counter[Axis]) -> Atoms:
+        found = frozenset[Axis]().union(*(self._aligned(o.node, out, o.free) for o in made.operands))
+        for addend in made.added:
+            found &= self.zero.get(addend.name, _NOTHING)
+        return found
+
+    def _check(self, contraction: Contraction) -> None:
+        where = f"%{contraction.node.name} = {op_name(contraction.node)}"
+        for dim in contraction.over:
+            for atom in set(atoms(dim)):
+                if not any(atom in self.zero.get(o.node.name, _NOTHING) for o in contraction.operands):
+                    freeze(atom, f"summed over where removed entries need not be zero at {where}")
+                elif contraction.mean:
+                    freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM)
+
+
+def _positive(exponent: Any) -> bool:
+    return isinstance(exponent, int | float) and exponent > 0
+
+
+def _mutated(program: Program) -> set[str]:
+    """Names of values that some call writes to in place, and of the values they are views of."""
+    found: set[str] = set()
+    for node in program.calls():
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        written = node.args[0] if node.args else None
+        while isinstance(written, fx.Node) and written.name not in found:
+            found.add(written.name)
+            written = written.args[0] if written.op == "call_function" and written.args else None
+    return found

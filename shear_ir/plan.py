@@ -1,0 +1,241 @@
+"""Plan: which indices of which axes stay. Readable JSON, diffable, composable, and true of exactly one model's shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shear_ir.axes import Indices
+from shear_ir.errors import PlanError
+
+Kept = Mapping[str, Mapping[int, Indices]]
+"""Parameter name to dim to the sorted indices that stay, for every tensor that shrinks."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model takes. ``flops``: for one token (one sample where there are no tokens), a multiply-add is two;
+    ``kv_bytes``: keys and values kept per generated token, 0 for models without a cache."""
+
+    parameters: int
+    bytes: int
+    flops: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One group that loses units. ``kept``: sorted units that stay, shape ``(n,)``; ``reason``: why these."""
+
+    group: str
+    kind: str
+    size: int
+    kept: Indices
+    module: str = ""
+    reason: str = ""
+
+    @property
+    def removed(self) -> Indices:
+        """Sorted units that go."""
+        return np.setdiff1d(np.arange(self.size), self.kept)
+
+    def __str__(self) -> str:
+        return f"{self.group}: {len(self.kept)} of {self.size} {self.kind} units stay"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What goes and what stays of one model, with what that saves.
+
+    ``digest`` names the shapes of the model the plan was made for. ``frozen``: group name to why it was left alone.
+    ``options``: how the plan was asked for.
+    """
+
+    digest: str
+    model: str
+    cuts: tuple[Cut, ...]
+    kept: Kept
+    before: Costs
+    after: Costs
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the parameters that is really removed, 0 to 1."""
+        return 1.0 - self.after.parameters / self.before.parameters
+
+    def require(self, digest: str) -> None:
+        """Raise ``PlanError`` unless the plan was made for a model of this shape digest."""
+        if digest != self.digest:
+            raise PlanError(
+                f"the plan was made for another model: its tensors have the digest {self.digest} ({self.model}), "
+                f"those of this model {digest}"
+            )
+
+    def then(self, later: Plan) -> Plan:
+        """One plan for this cut followed by ``later``, which was made for the model this one leaves."""
+        cuts = {c.group: c for c in self.cuts}
+        for cut in later.cuts:
+            first = cuts.get(cut.group)
+            if first is not None and len(first.kept) != cut.size:
+                raise PlanError(f"{cut.group} has {len(first.kept)} units left, but the later plan expects {cut.size}")
+            cuts[cut.group] = cut if first is None else replace(first, kept=first.kept[cut.kept])
+        names = dict.fromkeys((*self.kept, *later.kept))
+        kept = {name: _compose(self.kept.get(name, {}), later.kept.get(name, {})) for name in names}
+        return replace(
+            self,
+            cuts=tuple(cuts.values()),
+            kept=kept,
+            after=later.after,
+            frozen={**self.frozen, **later.frozen},
+            options={"first": dict(self.options), "then": dict(later.options)},
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text; ``from_json`` reads it back unchanged."""
+        document = {
+            "format": "shear-ir plan 1",
+            "model": self.model,
+            "digest": self.digest,
+            "ratio": round(self.ratio, 6),
+            "options": dict(self.options),
+            "before": vars(self.before),
+            "after": vars(self.after),
+            "cuts": [
+                {"group": c.group, "kind": c.kind, "size": c.size, "kept": intervals(c.kept), "module": c.module,
+                 "reason": c.reason}
+                for c in self.cuts
+            ],
+            "kept": {name: {str(d): intervals(i) for d, i in dims.items()} for name, dims in self.kept.items()},
+            "frozen": dict(self.frozen),
+        }  # fmt: skip
+        return _compact(json.dumps(document, indent=2))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; raises ``PlanError`` with the first thing that is wrong in it."""
+        try:
+            read = _Document.model_validate_json(text)
+        except ValidationError as failure:
+            first = failure.errors()[0]
+            place = ".".join(str(p) for p in first["loc"]) or "the text"
+            raise PlanError(f"this is not a plan: {place}: {first['msg']}") from failure
+        return cls(
+            digest=read.digest,
+            model=read.model,
+            cuts=tuple(
+                Cut(c.group, c.kind, c.size, _indices(c.kept, c.size, c.group), c.module, c.reason) for c in read.cuts
+            ),
+            kept={n: {int(d): _indices(i, None, n) for d, i in dims.items()} for n, dims in read.kept.items()},
+            before=Costs(**read.before.model_dump()),
+            after=Costs(**read.after.model_dump()),
+            frozen=read.frozen,
+            options=read.options,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON beside ``path`` and rename it, so that the file is there whole or not at all."""
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan from a file; raises ``PlanError``."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as failure:
+            raise PlanError(f"the plan {path} cannot be read: {failure}") from failure
+        return cls.from_json(text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` whole or not at all."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def intervals(indices: Indices) -> list[list[int]]:
+    """Sorted indices as half-open intervals ``[[start, stop], ...]``."""
+    if not len(indices):
+        return []
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    starts = indices[np.concatenate([[0], breaks])]
+    stops = indices[np.concatenate([breaks - 1, [len(indices) - 1]])] + 1
+    return np.stack([starts, stops], axis=1).tolist()  # type: ignore[no-any-return]
+
+
+def _indices(spans: list[tuple[int, int]], size: int | None, name: str) -> Indices:
+    last = 0
+    for start, stop in spans:
+        if start < last or stop <= start or (size is not None and stop > size):
+            raise PlanError(f"this is not a plan: {name} keeps the interval [{start}, {stop}], which is out of order")
+        last = stop
+    parts = [np.arange(start, stop, dtype=np.int64) for start, stop in spans]
+    return np.concatenate(parts) if parts else np.arange(0, dtype=np.int64)
+
+
+def _compose(first: Mapping[int, Indices], then: Mapping[int, Indices]) -> dict[int, Indices]:
+    dims = dict(first)
+    for dim, kept in then.items():
+        dims[dim] = dims[dim][kept] if dim in dims else kept
+    return dims
+
+
+def _compact(text: str) -> str:
+    """Indented JSON with each interval on one line, which is how people read and diff it."""
+    import re
+
+    joined = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+    return re.sub(r"\[\s+(\[\d+, \d+\](?:,\s+\[\d+, \d+\])*)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", joined)
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Spans = list[tuple[_Count, _Count]]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _CostsDocument(_Strict):
+    parameters: Annotated[int, Field(gt=0)]
+    bytes: _Count
+    flops: _Count
+    kv_bytes: _Count
+
+
+class _CutDocument(_Strict):
+    group: str
+    kind: str
+    size: _Count
+    kept: _Spans
+    module: str = ""
+    reason: str = ""
+
+
+class _Document(_Strict):
+    format: Literal["shear-ir plan 1"]
+    model: str
+    digest: str
+    ratio: float
+    options: dict[str, Any]
+    before: _CostsDocument
+    after: _CostsDocument
+    cuts: list[_CutDocument]
+    kept: dict[str, dict[Annotated[str, Field(pattern=r"^\d+$")], _Spans]]
+    frozen: dict[str, str] = {}
