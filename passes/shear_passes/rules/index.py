@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _CHOSEN = "indices of the axis are chosen by value"
 
 
-@rule(aten.gather.default, aten.take_along_dim.default)
+@rule(aten.gather.default, aten.take_along_dim.default, vanish=Vanish.FIRST)
 def gather(site: Site, x: Dims, *args: Any, **_: Any) -> Dims | Results:
     """``y[..., i, ...] = x[..., index[..., i, ...], ...]``: the other dims are walked together."""
     dim, index = args[:2] if isinstance(args[0], int) else (args[1], args[0])
@@ -53,7 +53,7 @@ def scatter(site: Site, x: Dims, dim: int, index: Dims, source: Any, *_: Any, **
     return x
 
 
-@rule(aten.index.Tensor, vanish=Vanish.NEVER)
+@rule(aten.index.Tensor, vanish=Vanish.FIRST)
 def index(site: Site, x: Dims, indices: Sequence[Dims | None]) -> Dims:
     """``x[i, :, j]``: indexed dims give way to the broadcast of the index tensors."""
     return _indexed(site, x, indices, site.shape)
@@ -81,7 +81,7 @@ def _by_mask(site: Site, x: Dims, shape: Sequence[int]) -> Dims:
     return out
 
 
-@rule(aten.index_select.default)
+@rule(aten.index_select.default, vanish=Vanish.FIRST)
 def index_select(site: Site, x: Dims, dim: int, chosen: Dims) -> Dims:
     """``y[..., i, ...] = x[..., chosen[i], ...]``."""
     place = wrap(dim, len(x))
@@ -109,6 +109,14 @@ def one_hot(site: Site, x: Dims, *_: Any) -> Dims:
     classes = axis(site.shape[-1])
     site.freeze([classes], "classes are counted by value")
     return (*x, classes)
+
+
+@rule(aten.histc.default, aten.bincount.default)
+def histogram(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+    """How many entries fall into each bin."""
+    bins = site.fresh()
+    site.freeze((*x, *bins), "entries are counted by value")
+    return bins
 
 
 @rule(aten.bucketize.Tensor, aten.searchsorted.Tensor)

@@ -52,6 +52,20 @@ def _product(site: Site, left: tuple[int, Dims], right: tuple[int, Dims], added:
     return (*lead, *rows, *columns)
 
 
+@rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def grouped_mm(site: Site, x: Dims, weight: Dims, offs: Dims | None = None, *_: Any, **__: Any) -> Dims | Results:
+    """``y[s, o] = sum_i x[s, i] * w[e(s), i, o]``: each row has its own expert e, which values choose."""
+    if len(x) != 2 or len(weight) != 3:
+        return site.barrier("a grouped product that is not rows by experts")
+    experts, in_, out = weight
+    site.equate(x[1], in_)
+    if offs is not None:
+        site.equate(offs[0], experts)
+    site.freeze([experts], "experts are chosen by value")
+    site.contract([in_], [(0, x[:1]), (1, [out])], added=["bias"])
+    return (x[0], out)
+
+
 @rule(aten.einsum.default)
 def einsum(site: Site, equation: str, operands: list[Dims], **_: Any) -> Dims | Results:
     """One axis per letter; letters that are missing on the right are contracted. An ellipsis broadcasts."""

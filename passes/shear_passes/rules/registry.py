@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
 
+import torch
 from torch import fx
 
 from shear_ir.axes import Dim, Dims, Hold, axis, freeze, unify
@@ -141,7 +142,10 @@ _RULES: dict[Any, Entry] = {}
 
 
 def rule(*ops: Any, vanish: Vanish = Vanish.NEVER) -> Callable[[R], R]:
-    """Make the function below the typing rule of ``ops``; ``vanish`` says when their results are zero."""
+    """Make the function below the typing rule of ``ops``; ``vanish`` says when their results are zero.
+
+    An operator that exists only once its library is imported is given by name: ``"library::operator"``.
+    """
 
     def register(function: R) -> R:
         for op in ops:
@@ -170,7 +174,7 @@ def resize(*ops: Any) -> Callable[[R], R]:
 
 def entry_of(op: Any) -> Entry | None:
     """The table's row for ``op``; None when there is no rule."""
-    return _RULES.get(op)
+    return _RULES.get(op) or (_RULES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None)
 
 
 def op_name(node: fx.Node) -> str:
