@@ -1,0 +1,113 @@
+"""The files of a model folder, checked before anything is loaded from them: safetensors and JSON, never pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from shear_ir.errors import LoadError
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHEARED = "shear_ir.json"
+
+# Weights in any other form; none of them is read. ``training_args.bin`` and the like are no weights.
+_OTHER_WEIGHTS = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a checked folder holds: its JSON documents, and tensor names by shard (empty: a config alone)."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: dict[Path, frozenset[str]]
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of all tensors in the shards."""
+        return frozenset().union(*self.shards.values())
+
+
+def read_files(folder: Path) -> Files:
+    """The checked files of a model folder; raises ``LoadError`` naming the first file that cannot be used."""
+    config = read_json(folder / CONFIG)
+    named = config.get("transformers_weights")
+    if named not in (None, WEIGHTS, INDEX):
+        raise LoadError(f"{folder / CONFIG} names the weights {named!r}: only {WEIGHTS} and {INDEX} are read")
+    if (folder / WEIGHTS).exists():
+        return Files(folder, config, {folder / WEIGHTS: read_header(folder / WEIGHTS)})
+    if (folder / INDEX).exists():
+        return Files(folder, config, _sharded(folder))
+    refuse_other_weights(folder, WEIGHTS)
+    return Files(folder, config, {})
+
+
+def is_sheared(folder: str | Path) -> bool:
+    """Whether shear-ir saved ``folder`` with layers no stock config can say, so that only its own loader reads it."""
+    path = Path(folder) / SHEARED
+    return path.is_file() and read_json(path).get("stock") is False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; raises ``LoadError`` when it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as failure:
+        raise LoadError(f"{path} is not JSON: {failure}") from failure
+    if not isinstance(document, dict):
+        raise LoadError(f"{path} is not a JSON object")
+    return document
+
+
+def read_header(path: Path) -> frozenset[str]:
+    """The tensor names in a safetensors file, whose header and extent are checked and whose data is not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return frozenset(file.keys())
+    except (SafetensorError, OSError) as failure:
+        raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
+
+
+def refuse_other_weights(folder: Path, wanted: str) -> None:
+    """Raise ``LoadError`` when the folder holds weights in a form that is not read."""
+    for path in sorted(path for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)):
+        if path.suffix == ".safetensors":
+            raise LoadError(f"{path} is there, but neither {wanted} nor an index that names it")
+        raise LoadError(f"{path} is not safetensors, and other weights are not read: save the model as {wanted} first")
+
+
+def _sharded(folder: Path) -> dict[Path, frozenset[str]]:
+    index = folder / INDEX
+    shard_of = read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
+        raise LoadError(f"{index} has no weight_map from tensor names to file names")
+    shards = {name: _shard(index, name) for name in dict.fromkeys(shard_of.values())}
+    held = {name: read_header(path) for name, path in shards.items()}
+    for tensor, name in shard_of.items():
+        if tensor not in held[name]:
+            raise LoadError(f"{index} says that {name} holds {tensor}, which it does not")
+    return {path: held[name] for name, path in shards.items()}
+
+
+def _shard(index: Path, name: str) -> Path:
+    path = index.parent / name
+    if not path.resolve().is_relative_to(_root(index.parent)) or ".." in Path(name).parts or Path(name).is_absolute():
+        raise LoadError(f"{index} names the shard {name}, which lies outside of the folder")
+    if not path.is_file():
+        raise LoadError(f"{index} names the shard {name}, which is not there")
+    return path
+
+
+def _root(folder: Path) -> Path:
+    """Where the files of a folder may lie: within it, or for a snapshot in the hub's cache, within its repository."""
+    folder = folder.resolve()
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.parent.parent if in_cache else folder
