@@ -11,9 +11,11 @@ import dataclasses
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from torch import Tensor
 
 from shear_ir.program import Program
 from shear_ir.verifier import verify_program
@@ -58,12 +60,22 @@ class Rewrite(Pass):
     def run(self, program: Program, analyses: AnalysisManager) -> Program:
         """The rewritten program; the old one stays as it was."""
 
+    def carry(self, weights: Mapping[str, Tensor] | None, analyses: AnalysisManager) -> Mapping[str, Tensor] | None:
+        """The tensors that belong to the rewritten program, given those of the old one."""
+        return weights
+
 
 class AnalysisManager:
     """Runs analyses on one Program, each at most once per set of options."""
 
-    def __init__(self, program: Program, results: dict[Analysis[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Tensor] | None = None,
+        results: dict[Analysis[Any], Any] | None = None,
+    ) -> None:
         self.program = program
+        self.weights = weights
         self.timings: list[tuple[str, float]] = []
         self._results: dict[Analysis[Any], Any] = dict(results or {})
         self._asking: list[Pass] = []
@@ -77,6 +89,13 @@ class AnalysisManager:
             self._results[analysis] = self.running(analysis, lambda: analysis.run(self.program, self))
             self.timings.append((str(analysis), time.perf_counter() - started))
         return cast(T, self._results[analysis])
+
+    def latest(self, kind: type[Analysis[T]]) -> T | None:
+        """The result of the analysis of this kind that ran last, whatever its options; None when none ran."""
+        if self._asking and not any(issubclass(kind, r) for r in self._asking[-1].requires):
+            raise TypeError(f"{self._asking[-1].name()} asks for {kind.name()}, which its requires does not list")
+        found = [result for analysis, result in self._results.items() if isinstance(analysis, kind)]
+        return cast(T, found[-1]) if found else None
 
     def put(self, analysis: Analysis[T], result: T) -> None:
         """Hand in a result computed elsewhere, such as scores from data."""
@@ -93,7 +112,7 @@ class AnalysisManager:
     def after(self, rewrite: Rewrite, program: Program) -> AnalysisManager:
         """The manager for what ``rewrite`` made: it keeps the results that were preserved."""
         kept = {a: r for a, r in self._results.items() if isinstance(a, rewrite.preserves)}
-        manager = AnalysisManager(program, kept)
+        manager = AnalysisManager(program, rewrite.carry(self.weights, self), kept)
         manager.timings = self.timings
         return manager
 
@@ -118,9 +137,12 @@ class PassManager:
     passes: Sequence[Pass]
     observe: Callable[[Pass, Program, AnalysisManager], None] | None = None
 
-    def run(self, program: Program) -> Result:
-        """Run all passes; the result holds the final program and what is known about it."""
-        manager = AnalysisManager(program)
+    def run(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> Result:
+        """Run all passes; ``weights`` (tensors by name) feed the criteria that score them.
+
+        The result holds the final program and what is known about it.
+        """
+        manager = AnalysisManager(program, weights)
         timings: list[tuple[str, float]] = []
         stages = [("start", program)]
         for step in self.passes:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
@@ -15,7 +14,7 @@ from torch.export.graph_signature import InputKind
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.regions import GraphCopier
-from shear_ir.program import ModuleInfo, Param, Program, TensorType
+from shear_ir.program import ModuleInfo, Param, Program
 
 _ROOT = "root"
 _KINDS = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
@@ -136,6 +135,7 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
     params: dict[str, Param] = {}
     of_placeholder: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
+    placeholders_of: dict[str, fx.Node] = {}
     feeds = iter(feed)
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         kind = _KINDS.get(spec.kind)
@@ -144,14 +144,16 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
             continue
         target = (spec.target or "").removeprefix(_ROOT + ".")
         name = names.get(target, target)
-        copy = copier.placeholder(node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_"))
+        if name in params:
+            copier.reuse(node, placeholders_of[name])
+            continue
+        copy = placeholders_of[name] = copier.placeholder(node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_"))
         of_placeholder[copy.name] = name
         if kind == "constant":
             constants[name] = exported.constants[spec.target or ""]
-        if name not in params:
-            aliases = tuple(other for other, first in names.items() if first == name and other != name)
-            persistent = spec.persistent is not False
-            params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)  # type: ignore[arg-type]
+        aliases = tuple(other for other, first in names.items() if first == name and other != name)
+        persistent = spec.persistent is not False
+        params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)  # type: ignore[arg-type]
     copier.body()
     modules = {p: ModuleInfo(p, f"{type(m).__module__}.{type(m).__qualname__}") for p, m in model.named_modules()}
     config = getattr(model, "config", None)
@@ -173,6 +175,3 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
-
-
-__all__ = ["TensorType", "tensors_of", "trace"]

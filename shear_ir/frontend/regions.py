@@ -37,6 +37,10 @@ class GraphCopier:
         self._keep(node, copy)
         return copy
 
+    def reuse(self, node: fx.Node, copy: fx.Node) -> None:
+        """Let a second input of a tied tensor be the first one."""
+        self._env[node] = copy
+
     def body(self) -> None:
         """Copy everything that is not a placeholder."""
         self._region(self.source, inputs=None)

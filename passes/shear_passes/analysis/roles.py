@@ -48,7 +48,7 @@ def find_roles(
     ranks = _lora_ranks(program, axes)
     assign(ranks, "lora_rank")
     residual = _residual(program, axes)
-    attention = _Attention(program, axes, zeros, residual)
+    attention = _Attention(axes, zeros)
     assign(attention.kv_heads, "kv_head")
     assign(attention.query_groups, "query_group")
     rotary = {a for a in attention.head_dims if _paired(a, slices.get(a, ()))}
@@ -160,26 +160,29 @@ def _mapped_from(later: fx.Node, earlier: fx.Node, order: Mapping[fx.Node, int],
     return False
 
 
+def attention_products(axes: Axes, zeros: Zeros) -> tuple[list[Contraction], list[Contraction]]:
+    """The products of two activations: scores, which sum over features, and mixes, which sum over positions."""
+    scores, mixes = [], [c for c in axes.contractions if c.mixed]
+    for made in axes.contractions:
+        if len(made.operands) != 2 or any(axes.program.param(o.node) is not None for o in made.operands):
+            continue
+        over = _atoms(made.over)
+        live = over and all(over <= zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
+        (scores if live else mixes).append(made)
+    return scores, mixes
+
+
 class _Attention:
     """The axes of products of two activations: scores sum over head_dim, heads are shared, values carry theirs."""
 
-    def __init__(self, program: Program, axes: Axes, zeros: Zeros, residual: set[Axis]) -> None:
+    def __init__(self, axes: Axes, zeros: Zeros) -> None:
         self.kv_heads: set[Axis] = set()
         self.query_groups: set[Axis] = set()
         self.head_dims: set[Axis] = set()
-        products = [
-            c for c in axes.contractions
-            if len(c.operands) == 2 and not any(_owned(program, o.node) for o in c.operands)
-        ]  # fmt: skip
-        mixes = [c for c in axes.contractions if c.mixed]
-        scores, sums = [], []
-        for made in products:
-            over = _atoms(made.over)
-            both = all(over <= zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
-            (scores if both and over and not over & residual else sums).append(made)
+        scores, mixes = attention_products(axes, zeros)
         for made in scores:
             self._score(made, zeros)
-        for made in (*sums, *mixes):
+        for made in mixes:
             self._mix(made, zeros)
 
     def _score(self, made: Contraction, zeros: Zeros) -> None:

@@ -84,6 +84,8 @@ class _Walk:
             owned = self.program.param(node) is not None
             return frozenset(self.carried(results[0])) if owned and results else _NOTHING
         law = self.axes.vanish.get(node.name, Vanish.NEVER)
+        if node.name in self.axes.barriers:
+            return _NOTHING
         out = Counter[Axis]()
         for dims in results:
             out |= self.carried(dims)

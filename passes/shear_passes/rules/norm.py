@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,21 @@ def rms_norm(site: Site, x: Dims, shape: list[int], weight: Dims | None = None, 
         site.equate(dim, own)
     site.contract(normed, [(0, x[: len(x) - len(shape)])], mean=True)
     return x
+
+
+@resize(aten.rms_norm.default)
+def resize_rms_norm(change: Change) -> None:
+    """``sqrt(d/d') * norm(x; eps * d/d')`` over the d' kept channels is the norm over all d, the others zero."""
+    dims = change.dims(0)[-len(change.node.args[1]) :]  # type: ignore[arg-type]
+    factor = math.prod(d.size for d in dims) / math.prod(change.size(d) for d in dims)
+    if factor != 1.0:
+        _, _, *rest = (*change.node.args, None, None)[:4]
+        eps = rest[1] if rest[1] is not None else torch.finfo(torch.float32).eps
+        change.call(
+            change.node.target,
+            (change.node.args[0], [change.size(d) for d in dims], rest[0], eps * factor),  # type: ignore[operator]
+        )
+        change.after(aten.mul.Tensor, math.sqrt(factor))
 
 
 @rule(aten.group_norm.default, vanish=Vanish.FIRST)

@@ -1,0 +1,101 @@
+"""What a model takes: parameters, bytes, FLOPs per token, cache bytes per token, as functions of its axes' sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from shear_ir.axes import Axis, Dim, evaluate
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.plan import Costs
+from shear_ir.program import Program
+from shear_passes.analysis.infer_axes import Axes, InferAxes
+from shear_passes.analysis.roles import attention_products
+from shear_passes.analysis.vanish import FindZeros, Zeros
+from shear_passes.rules.registry import Contraction
+
+Size = Callable[[Axis], int]
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """Evaluates costs for any sizes of the axes; nothing is traced or run again."""
+
+    program: Program
+    axes: Axes
+    zeros: Zeros
+
+    def at(self, sizes: Mapping[Axis, int]) -> Costs:
+        """Costs when the given axes have other sizes."""
+
+        def size(atom: Axis) -> int:
+            return sizes.get(atom, atom.size)
+
+        return Costs(self.parameters(size), self._bytes(size), self._flops(size), self._kv_bytes(size))
+
+    def parameters(self, size: Size) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(
+            math.prod(evaluate(d, size) for d in self.axes.of_param[p.name])
+            for p in self.program.params.values()
+            if p.kind == "parameter"
+        )
+
+    def _bytes(self, size: Size) -> int:
+        return sum(
+            math.prod(evaluate(d, size) for d in self.axes.of_param[p.name]) * p.type.dtype.itemsize
+            for p in self.program.params.values()
+            if p.kind != "constant" and p.persistent
+        )
+
+    def _flops(self, size: Size) -> int:
+        last = {c.node: c for c in self.axes.contractions}
+        total = sum(self._flops_of(c, last[c.node], size) for c in self.axes.contractions if len(c.operands) == 2)
+        total += sum(self._flops_of(c, c, size) for c in self.axes.contractions if c.mixed and len(c.operands) == 1)
+        return 2 * total // self._samples()
+
+    def _flops_of(self, made: Contraction, last: Contraction, size: Size) -> int:
+        """Multiply-adds of one contraction; scores inside a fused attention are queries by keys."""
+        if made is last:
+            return _volume(self.axes.dims(made.node), size) * _volume(made.over, size)
+        return _volume((*made.operands[0].free, *last.over, *made.over), size)
+
+    def _samples(self) -> int:
+        """Tokens in the traced input, or samples where the input is not tokens."""
+        for name in self.program.inputs:
+            shape = self.program.types[name][0].shape
+            return math.prod(shape) if not self.program.types[name][0].dtype.is_floating_point else shape[0]
+        return 1
+
+    def _kv_bytes(self, size: Size) -> int:
+        if not self.program.caches:
+            return 0
+        scores, mixes = attention_products(self.axes, self.zeros)
+        # Keys are the second factor of the scores; values the last of the mixes.
+        kept = [(made.operands[1], made.over) for made in scores]
+        kept += [(made.operands[-1], ()) for made in mixes if len(made.operands) == 1 or made.operands]
+        total = 0
+        for operand, over in kept:
+            live = self.zeros.of_node.get(operand.node.name, frozenset())
+            kind = self.program.type(operand.node)
+            width = _volume((*operand.free, *over), lambda a, live=live: size(a) if a in live else 1)  # type: ignore[misc]
+            total += width * (kind.dtype.itemsize if kind and live else 0)
+        return total
+
+
+@dataclass(frozen=True)
+class MeasureCosts(Analysis[CostModel]):
+    """The cost model of a program."""
+
+    requires = (InferAxes, FindZeros)
+
+    def run(self, program: Program, analyses: AnalysisManager) -> CostModel:
+        """Nothing is evaluated yet."""
+        return CostModel(program, analyses.get(InferAxes()), analyses.get(FindZeros()))
+
+
+def _volume(dims: Iterable[Dim], size: Size) -> int:
+    return math.prod(evaluate(d, size) for d in dims)
+
+

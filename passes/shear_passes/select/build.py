@@ -1,0 +1,76 @@
+"""From the units that stay to a Plan: index maps of every tensor and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from shear_ir.axes import Axis, Indices, Mask, mask
+from shear_ir.errors import PlanError
+from shear_ir.manager import Analysis
+from shear_ir.plan import Cut, Plan
+from shear_passes.analysis.cost import CostModel
+from shear_passes.analysis.find_groups import Group, Groups
+
+
+class Selection(Analysis[Plan]):
+    """An analysis whose result is a plan; ``Shear`` applies the latest one."""
+
+
+def build_plan(
+    groups: Groups, costs: CostModel, kept: Mapping[Group, Indices], *,
+    options: Mapping[str, Any] | None = None, reason: str = "",
+) -> Plan:  # fmt: skip
+    """The plan in which each group of ``kept`` keeps the given sorted units.
+
+    Raises ``PlanError`` for a group that is frozen, for one that would lose every unit, and when nothing goes.
+    """
+    cuts = []
+    for group, units in kept.items():
+        if len(units) == group.size:
+            continue
+        if not (group.prunable or group.rescalable):
+            raise PlanError(f"{group.name} cannot lose units: {group.reason}")
+        if not len(units):
+            raise PlanError(f"{group.name} would lose all of its {group.size} units")
+        cuts.append(Cut(group.name, group.kind, group.size, np.asarray(units, np.int64), group.module, reason))
+    if not cuts:
+        raise PlanError("the plan removes nothing")
+    masks = masks_of(groups, cuts)
+    return Plan(
+        digest=groups.program.digest,
+        model=groups.program.owner,
+        cuts=tuple(cuts),
+        kept=_kept(groups, masks),
+        before=costs.at({}),
+        after=costs.at({atom: int(m.sum()) for atom, m in masks.items()}),
+        frozen={g.name: g.reason for g in groups if not g.prunable},
+        options=dict(options or {}),
+    )
+
+
+def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Mask]:
+    """Which units of each axis stay; raises ``PlanError`` for a cut that does not fit the groups."""
+    masks: dict[Axis, Mask] = {}
+    for cut in cuts:
+        group = groups.by_name.get(cut.group)
+        if group is None or group.size != cut.size or group.kind != cut.kind:
+            found = f"has {group.size} {group.kind} units" if group else "does not exist"
+            raise PlanError(f"the plan cuts {cut.group} ({cut.size} {cut.kind} units), which in this model {found}")
+        stays = np.zeros(cut.size, dtype=bool)
+        stays[cut.kept] = True
+        masks[group.axis] = stays
+    return masks
+
+
+def _kept(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[str, dict[int, Indices]]:
+    touched = {(s.parameter, s.dim): s.expression for g in groups if g.axis in masks for s in g.slices}
+    kept: dict[str, dict[int, Indices]] = {}
+    for name in groups.program.params:
+        for dim in range(len(groups.axes.of_param[name])):
+            if (name, dim) in touched:
+                stays = np.flatnonzero(mask(touched[name, dim], masks))
+                kept.setdefault(name, {})[dim] = stays
+    return kept
