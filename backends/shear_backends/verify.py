@@ -1,0 +1,143 @@
+"""The oracle for users: a sheared model against the original whose removed units are masked to zero.
+
+The reference is computed without the rewrite: it only knows which indices of which tensors go.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shear_ir.axes import Indices
+from shear_ir.errors import PlanError, UnsoundError
+from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
+from shear_ir.plan import Kept, Plan
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Report:
+    """``max_abs_diff`` over all outputs and inputs; ``scale``: the largest absolute entry of the reference.
+
+    ``sound``: the difference is at most ``tolerance * max(1, scale)``, which fp32 rounding stays below.
+    ``lengths``: the shapes of the main input that were tried. ``moved``: how far the pruned outputs are from the
+    dense ones, which says that the test saw the cut at all.
+    """
+
+    max_abs_diff: float
+    scale: float
+    tolerance: float
+    lengths: tuple[tuple[int, ...], ...]
+    moved: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether the sheared model computes the masked original's function (NaN is never sound)."""
+        return self.max_abs_diff <= self.tolerance * max(1.0, self.scale)
+
+    def raise_if_unsound(self) -> None:
+        """Raise ``UnsoundError`` with the measured difference unless the model is sound."""
+        if not self.sound:
+            raise UnsoundError(
+                f"the sheared model differs from the masked original by {self.max_abs_diff:.3g} "
+                f"(outputs up to {self.scale:.3g}, tolerance {self.tolerance:g})"
+            )
+
+    def __str__(self) -> str:
+        verdict = "sound" if self.sound else "UNSOUND"
+        tried = ", ".join("x".join(map(str, s)) for s in self.lengths)
+        return f"{verdict}: max abs diff {self.max_abs_diff:.3g} on inputs {tried}"
+
+
+def verify(
+    model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, tolerance: float = TOLERANCE, seed: int = 0
+) -> Report:
+    """Compare ``small`` with ``model`` masked by ``plan`` on random inputs of two batch sizes and lengths.
+
+    ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
+    one the plan was made for.
+    """
+    feeds = _feeds(model, inputs, seed)
+    worst = scale = moved = 0.0
+    with evaluation(model), evaluation(small), torch.no_grad():
+        reference = masked(model, plan.kept)
+        for feed in feeds:
+            expected, found, dense = run(reference, feed), run(small, feed), run(model, feed)
+            worst = max(worst, difference(expected, found))
+            moved = max(moved, difference(expected, dense))
+            scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])
+            if worst != worst:
+                break
+    lengths = tuple(tuple(next(iter(f.values())).shape) for f in feeds)
+    return Report(worst, scale, tolerance, lengths, moved)
+
+
+def masked(model: nn.Module, kept: Kept) -> nn.Module:
+    """A copy of ``model`` in which every removed index of every tensor is zero; the other tensors are shared."""
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    missing = [name for name in kept if name not in named and not name.startswith(("c_", "lifted_"))]
+    if missing:
+        raise PlanError(f"the plan was made for another model: this one has no tensor {missing[0]}")
+    memo: dict[int, Any] = {}
+    for name, tensor in named.items():
+        memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
+    return copy.deepcopy(model, memo)
+
+
+def _zeroed(name: str, tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
+    zeroed = tensor.detach().clone()
+    for dim, kept in dims.items():
+        if dim >= tensor.dim() or (len(kept) and kept[-1] >= tensor.shape[dim]):
+            raise PlanError(f"the plan was made for another model: {name} has shape {tuple(tensor.shape)}")
+        gone = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
+        zeroed.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+    return nn.Parameter(zeroed, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeroed
+
+
+def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    """The tensors a model predicts with, caches off."""
+    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    return tensors_of(model(**feed, **fixed))
+
+
+def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Largest absolute difference, infinite where shapes or counts differ; NaN stays NaN."""
+    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        return float("inf")
+    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, every module's mode restored at the end."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _feeds(model: nn.Module, inputs: Any, seed: int) -> list[Inputs]:
+    if isinstance(inputs, list):
+        return [_placed(model, as_inputs(model, one)) for one in inputs]
+    if inputs is not None:
+        return [_placed(model, as_inputs(model, inputs))]
+    return [
+        example_inputs(model, seed=seed),
+        example_inputs(model, batch=2, length=16, seed=seed + 1),
+    ]
+
+
+def _placed(model: nn.Module, feed: Inputs) -> Inputs:
+    return {name: value.to(device_of(model)) for name, value in feed.items()}

@@ -1,0 +1,96 @@
+"""Exact RMS norms on fewer channels: ``weight * sqrt(d/d')`` and ``eps * d/d'`` (DESIGN section 1.3).
+
+The masked norm is ``x / sqrt(S/d + eps) * w`` with ``S`` the sum of squares of the kept channels; the norm over the
+d' kept ones is ``x / sqrt(S/d' + eps') * w'``, and the two are equal for the values above. The graph backend rescales
+the mean itself; this says what a backend that keeps the modules has to change in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from shear_ir.axes import Axis, Mask, atoms, evaluate
+from shear_ir.errors import ShearingError
+from shear_ir.program import Program, module_path
+from shear_passes.analysis.find_groups import Groups
+from shear_passes.rules.registry import Contraction, op_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class NormFix:
+    """One norm: its module, its old ``eps``, the parameter that scales it as ``(parameter + offset)``.
+
+    ``factor`` is d/d': the new parameter is ``(p + offset) * sqrt(factor) - offset``, the new eps ``eps * factor``.
+    """
+
+    module: str
+    eps: float | None
+    parameter: str
+    offset: float
+    factor: float
+
+
+def norm_fixes(groups: Groups, masks: Mapping[Axis, Mask]) -> list[NormFix]:
+    """What every mean over a cut axis needs; raises ``ShearingError`` for one that is not a scaled RMS norm."""
+    program = groups.program
+    fixes = []
+    for made in groups.axes.contractions:
+        if made.mean and any(a in masks for dim in made.over for a in atoms(dim)):
+            fixes.append(_fix(program, groups, made, _factor(made, masks)))
+    return fixes
+
+
+def _factor(made: Contraction, masks: Mapping[Axis, Mask]) -> float:
+    old = math.prod(d.size for d in made.over)
+    new = math.prod(evaluate(d, lambda a: int(masks[a].sum()) if a in masks else a.size) for d in made.over)
+    return old / new
+
+
+def _fix(program: Program, groups: Groups, made: Contraction, factor: float) -> NormFix:
+    eps: float | None = None
+    for node in _readers(made.node):
+        if op_name(node) == "aten.add.Tensor" and eps is None and isinstance(node.args[1], float):
+            eps = node.args[1]
+        for operand in node.all_input_nodes:
+            found = _scale(program, operand)
+            if op_name(node) in ("aten.mul.Tensor", "aten.rms_norm") and found is not None:
+                return NormFix(module_path(made.node), eps, found[0], found[1], factor)
+    raise ShearingError(
+        f"the norm at {module_path(made.node) or 'the root'} has no weight that could carry the factor of a narrower "
+        "axis: use the graph backend"
+    )
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and the chain of calls after it, breadth first, for as far as a norm reaches."""
+    queue, seen = [node], {node}
+    while queue and len(seen) < 32:
+        current = queue.pop(0)
+        yield current
+        for user in current.users:
+            if user not in seen and op_name(user).partition(".")[0] != "output":
+                seen.add(user)
+                queue.append(user)
+
+
+def _scale(program: Program, node: fx.Node) -> tuple[str, float] | None:
+    """The parameter behind a factor ``p`` or ``p + c``, with c."""
+    offset = 0.0
+    while program.param(node) is None:
+        if op_name(node) == "aten.add.Tensor" and isinstance(node.args[1], int | float):
+            offset += float(node.args[1])
+        elif op_name(node) not in ("aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy"):
+            return None
+        first = node.args[0]
+        if not isinstance(first, fx.Node):
+            return None
+        node = first
+    param = program.param(node)
+    return (param.name, offset) if param is not None and param.kind == "parameter" else None
