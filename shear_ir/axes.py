@@ -81,17 +81,22 @@ Dims = tuple[Dim, ...]
 ONE = Product(())
 """The only index of a dim of size 1: it can never be removed and equals every other one."""
 
+EMPTY = Concat(())
+"""A dim of size 0."""
+
 
 def axis(size: int) -> Dim:
-    """A fresh atom of ``size`` indices (``ONE`` for size 1)."""
-    return ONE if size == 1 else Axis(size)
+    """A fresh atom of ``size`` indices (``ONE`` for size 1, ``EMPTY`` for none)."""
+    return Axis(size) if size > 1 else ONE if size else EMPTY
 
 
 def product(factors: Iterable[Dim]) -> Dim:
-    """The product in normal form: nested products are flat, factors of size 1 are gone."""
+    """The product in normal form: nested products are flat, factors of size 1 are gone; none of it where one is empty."""
     flat: list[Dim] = []
     for factor in factors:
         flat.extend(factor.factors if isinstance(factor, Product) else [factor])
+    if EMPTY in flat:
+        return EMPTY
     return flat[0] if len(flat) == 1 else Product(tuple(flat))
 
 
@@ -171,7 +176,7 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim] | None:
     """``dim`` as two parts with the boundary ``at``, refining atoms on demand; None where a boundary cannot fall."""
     dim = resolve(dim)
     if at == 0 or at == dim.size:
-        return (Concat(()), dim) if at == 0 else (dim, Concat(()))
+        return (EMPTY, dim) if at == 0 else (dim, EMPTY)
     if isinstance(dim, Axis):
         left, right = axis(at), axis(dim.size - at)
         _bind(dim, Concat((left, right)))
@@ -202,7 +207,7 @@ def mask(dim: Dim, kept: Mapping[Axis, Mask]) -> Mask:
     if isinstance(dim, Axis):
         return kept.get(dim, np.ones(dim.size, dtype=bool))
     if isinstance(dim, Concat):
-        return np.concatenate([mask(p, kept) for p in dim.parts])
+        return np.concatenate([mask(p, kept) for p in dim.parts]) if dim.parts else np.ones(0, dtype=bool)
     result = np.ones(1, dtype=bool)
     for factor in dim.factors:
         result = np.logical_and.outer(result, mask(factor, kept)).reshape(-1)
@@ -218,7 +223,7 @@ def owners(dim: Dim, atom: Axis) -> list[Indices]:
     if isinstance(dim, Axis):
         return [np.arange(dim.size, dtype=np.int64)] if dim is atom else []
     if isinstance(dim, Product):
-        found = []
+        found: list[Indices] = []
         for place, factor in enumerate(dim.factors):
             before = math.prod(f.size for f in dim.factors[:place])
             after = math.prod(f.size for f in dim.factors[place + 1 :])
@@ -243,7 +248,7 @@ def _show(dim: Dim, name: Callable[[Axis], str], nested: bool) -> str:
         return f"{label}:{dim.size}" if label else str(dim.size)
     if isinstance(dim, Product):
         return " * ".join(_show(f, name, nested=True) for f in dim.factors) if dim.factors else "1"
-    text = " | ".join(_show(p, name, nested=False) for p in dim.parts)
+    text = " | ".join(_show(p, name, nested=False) for p in dim.parts) or "0"
     return f"({text})" if nested or len(dim.parts) > 1 else text
 
 

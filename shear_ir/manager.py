@@ -101,6 +101,13 @@ class AnalysisManager:
         """Hand in a result computed elsewhere, such as scores from data."""
         self._results[analysis] = result
 
+    def fork(
+        self, weights: Mapping[str, Tensor] | None, without: tuple[type[Analysis[Any]], ...]
+    ) -> AnalysisManager:
+        """A manager of the same program with other weights, sharing every result but those of the kinds ``without``."""
+        shared = {a: r for a, r in self._results.items() if not isinstance(a, without)}
+        return AnalysisManager(self.program, weights, shared)
+
     def running(self, asking: Pass, work: Callable[[], T]) -> T:
         """Do ``work`` on behalf of ``asking``, holding it to its ``requires``."""
         self._asking.append(asking)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, resolve
-from shear_ir.plan import Kept
+from shear_ir.plans import Kept
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix
 
@@ -25,25 +26,75 @@ Shapes = dict[str, tuple[int, ...]]
 _BUILDS = 96
 
 
+@dataclass(frozen=True)
+class Inference:
+    """``config``: builds exactly the sheared shapes; None when none does. ``changes``: the fields that differ.
+
+    ``refused``: the config class's own objection, when only that stands in the way of ``changes``.
+    """
+
+    config: Any | None
+    changes: Mapping[Field, int]
+    refused: str = ""
+
+
 def infer_config(
     model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask], kept: Kept, norms: tuple[NormFix, ...] = ()
-) -> Any | None:
-    """A config whose model has exactly the sheared shapes; None when no config of the class says it."""
+) -> Inference:
+    """The config whose model has exactly the sheared shapes, if the class has one."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or hasattr(model, "peft_config"):
-        return None
-    target = _target(model, kept)
-    if target is None:
-        return None
-    search = _Search(model, target, _sizes(groups, masks))
-    found = search.run()
-    if found is not None and norms:
+        return Inference(None, {})
+    search = _Search(model, _target(model, kept), _sizes(groups, masks))
+    changes = search.run()
+    if changes is None:
+        return Inference(None, {})
+    found = search.config(changes)
+    refused = _objection(found)
+    if refused:
+        return Inference(None, changes, refused)
+    if norms:
         _scale_eps(found, norms)
-    return found
+    return Inference(found, changes)
 
 
-def _target(model: nn.Module, kept: Kept) -> Shapes | None:
-    """The shapes the sheared model's tensors must have; None when equal layers would end up unequal."""
+def accepted_counts(model: nn.Module, changes: Mapping[Field, int], size: int, count: int) -> list[int]:
+    """Which counts from 1 to ``size`` the config class accepts in place of ``count``, all other changes alike."""
+    accepted = []
+    for other in range(1, size + 1):
+        config = copy.deepcopy(model.config)
+        for path, value in changes.items():
+            old = _get(config, path)
+            follows = isinstance(old, int) and old % size == 0 and value == old // size * count
+            _set(config, path, old // size * other if follows else value)
+        if not _objection(config):
+            accepted.append(other)
+    return accepted
+
+
+def _objection(config: Any) -> str:
+    """What the config class itself has against the values of ``config``; empty when nothing."""
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as failure:  # every config class objects in its own way
+        return str(failure.__cause__ or failure).splitlines()[0]
+    return ""
+
+
+def _get(config: Any, path: Field) -> Any:
+    for part in path:
+        config = getattr(config, part, None)
+    return config
+
+
+def _set(config: Any, path: Field, value: Any) -> None:
+    for part in path[:-1]:
+        config = getattr(config, part)
+    setattr(config, path[-1], value)
+
+
+def _target(model: nn.Module, kept: Kept) -> Shapes:
+    """The shapes the sheared model's tensors must have."""
     shapes = _shapes(model)
     for name, dims in kept.items():
         if name in shapes:
@@ -86,14 +137,15 @@ class _Search:
         self.base = _shapes(model)
         self.moving = {n for n in target if target[n] != self.base.get(n)}
 
-    def run(self) -> Any | None:
+    def run(self) -> Mapping[Field, int] | None:
+        """The fields to change; None when no change of fields gives the shapes."""
         fields = dict(_fields(self.model.config))
         options = {f: sorted(n for n in self.sizes.get(v, ()) if n != v) for f, v in fields.items() if isinstance(v, int)}
         options = {f: new for f, new in options.items() if new}
         first = {f: new[0] for f, new in options.items()}
         for changes in self._orders(options, first):
             if self._fits(changes):
-                return self._config(changes)
+                return changes
         return self._with_silent_fields(fields, options)
 
     def _orders(self, options: dict[Field, list[int]], first: dict[Field, int]) -> Iterator[dict[Field, int]]:
@@ -103,7 +155,7 @@ class _Search:
         for picks in sorted(itertools.product(*choices), key=lambda p: p.count(None)):
             yield {f: pick for f, pick in zip(useful, picks, strict=True) if pick is not None}
 
-    def _with_silent_fields(self, fields: dict[Field, Any], options: dict[Field, list[int]]) -> Any | None:
+    def _with_silent_fields(self, fields: dict[Field, Any], options: dict[Field, list[int]]) -> Mapping[Field, int] | None:
         """Fields that were not set (``head_dim=None``, ``n_inner=None``) and that the constructor asked for."""
         silent = [f for f, v in fields.items() if v is None]
         silent += [(name,) for name in self._asked_for() if (name,) not in fields]
@@ -114,7 +166,7 @@ class _Search:
                 for changes in (base, {}, *({f: base[f]} for f in base)):
                     for value in seen:
                         if self._fits({**changes, name: value}):
-                            return self._config({**changes, name: value})
+                            return {**changes, name: value}
         return None
 
     def _asked_for(self) -> list[str]:
@@ -154,19 +206,17 @@ class _Search:
             return None
         self.builds += 1
         try:
-            config = self._config(changes)
+            config = self.config(changes)
             with torch.device("meta"):
                 return _shapes(type(self.model)(config))
         except Exception:  # any constructor may refuse any config: then it is not this one
             return None
 
-    def _config(self, changes: Mapping[Field, int]) -> Any:
+    def config(self, changes: Mapping[Field, int]) -> Any:
+        """The model's config with the given fields changed."""
         config = copy.deepcopy(self.model.config)
         for path, value in changes.items():
-            owner = config
-            for part in path[:-1]:
-                owner = getattr(owner, part)
-            setattr(owner, path[-1], value)
+            _set(config, path, value)
         return config
 
 

@@ -102,19 +102,17 @@ def _crossings(groups: Groups, masks: Mapping[Axis, Mask]) -> Iterator[tuple[fx.
             continue
         maker = module_path(node)
         for user in node.users:
-            path = _outermost(module_path(user), maker)
+            path = _outermost(user, maker)
             if path is not None and (node, path) not in seen:
                 seen.add((node, path))
                 yield node, path
 
 
-def _outermost(reader: str, maker: str) -> str | None:
-    """The highest module on the way to ``reader`` that does not contain ``maker``; None when there is none."""
-    parts = reader.split(".") if reader else []
-    for depth in range(1, len(parts) + 1):
-        path = ".".join(parts[:depth])
-        if maker != path and not maker.startswith(path + "."):
-            return path
+def _outermost(reader: fx.Node, maker: str) -> str | None:
+    """The highest module called on the way to ``reader`` that does not contain ``maker``; None when there is none."""
+    for path, _ in (reader.meta.get("nn_module_stack") or {}).values():
+        if path and maker != path and not maker.startswith(path + "."):
+            return str(path)
     return None
 
 

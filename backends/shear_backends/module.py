@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
-from shear_ir.plan import Kept, Plan
+from shear_ir.plans import Kept, Plan
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
@@ -58,7 +58,7 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
     judge = _Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
-    config = infer_config(model, groups, masks, plan.kept, norms)
+    config = infer_config(model, groups, masks, plan.kept, norms).config
     if config is not None:
         small = build(model, plan.kept, norms=norms)
         _take_config(small, model, config)

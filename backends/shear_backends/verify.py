@@ -19,7 +19,7 @@ from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
-from shear_ir.plan import Kept, Plan
+from shear_ir.plans import Kept, Plan
 
 TOLERANCE = 1e-5
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shear_ir.axes import Axis, Dim, evaluate
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.plan import Costs
+from shear_ir.plans import Costs
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.roles import attention_products

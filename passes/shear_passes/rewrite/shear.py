@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from shear_ir.axes import Axis, Dim, Dims, Mask, evaluate, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager, Rewrite
-from shear_ir.plan import Kept, Plan
+from shear_ir.plans import Kept, Plan
 from shear_ir.program import Param, Program, TensorType
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes

@@ -10,7 +10,7 @@ import numpy as np
 from shear_ir.axes import Axis, Indices, Mask, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis
-from shear_ir.plan import Cut, Plan
+from shear_ir.plans import Cut, Plan
 from shear_passes.analysis.cost import CostModel
 from shear_passes.analysis.find_groups import Group, Groups
 

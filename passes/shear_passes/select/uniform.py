@@ -13,7 +13,7 @@ import numpy as np
 from shear_ir.axes import Axis, Indices
 from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager
-from shear_ir.plan import Plan
+from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import CostModel, MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Group, Groups
@@ -21,7 +21,7 @@ from shear_passes.importance import Importance, Scores, criterion
 from shear_passes.select.build import Selection, build_plan
 
 DEFAULT_KINDS = ("ffn", "kv_head")
-_HEADS = ("kv_head", "query_group")
+HEAD_KINDS = ("kv_head", "query_group")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class SelectUniform(Selection):
     """Removes the least important units until ``ratio`` of the model's parameters is gone.
 
     Every group of a kind loses the same share, so that equal layers stay equal (``uniform=False``: units of one kind
-    compete across layers). What stays of a group is a multiple of ``round_to``, heads excepted. ``only`` and
-    ``skip`` are globs on module paths. Kinds that a normalisation holds are cut only when named.
+    compete across layers). What stays of a group is a multiple of ``round_to``, heads excepted. ``heads``: how many
+    heads stay in every layer, 0 to solve for it. ``only`` and ``skip`` are globs on module paths. Kinds that a
+    normalisation holds are cut only when named.
     """
 
     ratio: float = 0.2
@@ -41,6 +42,7 @@ class SelectUniform(Selection):
     skip: tuple[str, ...] = ()
     kinds: tuple[str, ...] = DEFAULT_KINDS
     seed: int = 0
+    heads: int = 0
 
     requires = (FindGroups, MeasureCosts, Importance)
 
@@ -60,6 +62,7 @@ class SelectUniform(Selection):
         options = {
             "ratio": self.ratio, "importance": str(criterion_), "round_to": self.round_to, "uniform": self.uniform,
             "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
+            **({"heads": self.heads} if self.heads else {}),
         }  # fmt: skip
         return build_plan(
             groups, analyses.get(MeasureCosts()), kept, options=options, reason=f"least by {criterion_}"
@@ -176,7 +179,9 @@ class _Solver:
         return {g: self._round(g, float((s >= limit).sum())) for g, s in zip(groups, scaled, strict=True)}
 
     def _round(self, group: Group, wanted: float) -> int:
-        step = 1 if group.kind in _HEADS else self.asked.round_to
+        if group.kind in HEAD_KINDS and self.asked.heads:
+            return min(group.size, self.asked.heads)
+        step = 1 if group.kind in HEAD_KINDS else self.asked.round_to
         return min(group.size, max(step, step * round(wanted / step)))
 
     def _parameters(self, counts: Mapping[Group, int]) -> int:

@@ -1,0 +1,274 @@
+"""Saving and loading sheared models: safetensors, the plan beside the weights, stock reload checked on the spot."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shear_ir.errors import LoadError, PlanError, SaveError
+from shear_ir.frontend.inputs import example_inputs
+from shear_ir.frontend.load import load_model, quiet
+from shear_ir.plans import Plan, write_text
+from shear_passes.rewrite.rescale_norm import NormFix
+
+from shear_backends.attributes import Overrides
+from shear_backends.folder import written_whole
+from shear_backends.gathers import Gather
+from shear_backends.graph import tensors_of
+from shear_backends.module import RECORD, Record, build
+from shear_backends.verify import difference, evaluation, run
+
+RECORD_FILE = "shear_ir.json"
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "model.safetensors"
+# What belongs to a model beside weights and config: data files only, never code.
+_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "1_Pooling/config.json")
+_OURS = ("config.json", "generation_config.json", RECORD_FILE, PLAN_FILE)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a model was written. ``stock``: the stock class's ``from_pretrained`` gives identical outputs;
+    ``note``: why not, when it does not."""
+
+    path: Path
+    stock: bool
+    note: str = ""
+
+
+def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
+    """Write ``model`` to the folder ``out``, whole or not at all; what belongs to it is carried along from ``source``.
+
+    A model that its own config builds is reloaded by its stock class and compared, bit for bit. Raises ``SaveError``
+    when ``out`` exists (without ``force``) or cannot be written.
+    """
+    record: Record | None = getattr(model, RECORD, None)
+    if record is None:
+        raise SaveError("this model has not been sheared: save it as you would any other")
+    if any(t.is_meta for t in tensors_of(model).values()):
+        raise SaveError("this model is on the meta device and has no weights to save")
+    with written_whole(Path(out), force) as beside:
+        if source is not None:
+            _carry(Path(source), beside)
+        pretrained = hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
+        _write(model, beside, pretrained)
+        record.plan.save(beside / PLAN_FILE)
+        stock, note = _stock(model, beside, record) if pretrained else (False, "not a transformers model")
+        _write_record(beside, model, replace(record, stock=stock))
+        write_text(beside / "README.md", _card(model, record.plan, stock, note))
+    return Saved(Path(out), stock, note)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read a folder that ``save`` wrote, in evaluation mode.
+
+    ``model``: the dense model, needed for classes that are not transformers' own (its weights are not used). Raises
+    ``LoadError`` when the folder is damaged, ``PlanError`` when ``model`` is not the one that was sheared.
+    """
+    folder = Path(path)
+    if not (folder / RECORD_FILE).is_file():
+        raise LoadError(f"{folder} was not written by shear-ir: it holds no {RECORD_FILE}")
+    document = _read_record(folder)
+    record = document.record(Plan.load(folder / PLAN_FILE))
+    if record.stock:
+        small = load_model(str(folder)).model
+    else:
+        dense = model if model is not None else _dense(document, folder)
+        small = _filled(folder, dense, record)
+    object.__setattr__(small, RECORD, record)
+    return small.eval()
+
+
+def _write(model: nn.Module, folder: Path, pretrained: bool) -> None:
+    if pretrained:
+        with quiet():
+            model.save_pretrained(folder)  # type: ignore[operator]
+        return
+    first: dict[int, str] = {}
+    unique = {n: t for n, t in model.state_dict().items() if first.setdefault(t.data_ptr() or id(t), n) == n}
+    save_file({n: t.detach().contiguous() for n, t in unique.items()}, folder / WEIGHTS_FILE)
+
+
+def _carry(source: Path, folder: Path) -> None:
+    for pattern in _CARRIED:
+        for file in source.glob(pattern):
+            name = file.relative_to(source)
+            if str(name) in _OURS or name.name.endswith(".index.json") or file.is_symlink() or not file.is_file():
+                continue
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / name)
+
+
+def _stock(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
+    if not record.stock:
+        return False, "no config of the class has these sizes"
+    try:
+        with quiet():
+            again = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()  # type: ignore[attr-defined]
+    except Exception as failure:  # whatever stock code raises, the answer is that stock code does not load it
+        return False, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    again = again.to(next(model.parameters()).device)
+    feed = example_inputs(model)
+    with evaluation(model), evaluation(again), torch.no_grad():
+        gap = difference(run(model, feed), run(again, feed))
+    return gap == 0.0, "" if gap == 0.0 else f"the reloaded model's outputs differ by {gap:.3g}"
+
+
+def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
+    try:
+        small = build(dense, record.plan.kept, record.attributes, record.norms, record.gathers)
+    except (IndexError, AttributeError, RuntimeError) as failure:
+        raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
+    found = small.load_state_dict(_tensors(folder), strict=False, assign=True)
+    if hasattr(small, "tie_weights"):
+        small.tie_weights()  # type: ignore[operator]
+    shared = _shared_names(dense)
+    missing = [n for n in found.missing_keys if not shared.get(n, set()) & set(_tensors(folder))]
+    if missing or found.unexpected_keys:
+        raise LoadError(f"{folder} does not fit its record: {(missing or found.unexpected_keys)[0]} is out of place")
+    if any(t.is_meta for t in tensors_of(small).values()):
+        raise LoadError(f"{folder} lacks tensors of {type(dense).__name__}")
+    return small
+
+
+def _shared_names(model: nn.Module) -> dict[str, set[str]]:
+    names: dict[int, set[str]] = {}
+    for name, tensor in tensors_of(model).items():
+        names.setdefault(id(tensor), set()).add(name)
+    return {name: names[id(tensor)] for name, tensor in tensors_of(model).items()}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            found.update(load_file(file))
+    except (SafetensorError, OSError) as failure:
+        raise LoadError(f"{file} cannot be read: {failure}") from failure
+    if not found:
+        raise LoadError(f"{folder} holds no safetensors")
+    return found
+
+
+def _dense(document: _RecordDocument, folder: Path) -> nn.Module:
+    """The dense class, its parameters on the meta device and its computed buffers real."""
+    import transformers
+
+    kind = getattr(transformers, document.model_class, None)
+    if document.config is None or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise LoadError(f"{folder} holds a {document.model_class}: give the dense model, load(path, model=...)")
+    try:
+        config = transformers.CONFIG_MAPPING[document.config["model_type"]].from_dict(dict(document.config))
+        with _parameters_on_meta():
+            return kind(config).eval()
+    except Exception as failure:  # the config comes from a file that anybody may have written
+        raise LoadError(f"{folder / RECORD_FILE} holds a config that {document.model_class} refuses") from failure
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _NormDocument(_Strict):
+    module: str
+    eps: float | None
+    parameter: str
+    offset: float
+    factor: float
+
+
+class _GatherDocument(_Strict):
+    module: str
+    argument: str | int
+    dim: int
+    period: int
+    kept: list[int]
+
+
+class _RecordDocument(_Strict):
+    format: str
+    model_class: str
+    stock: bool
+    config: dict[str, Any] | None
+    attributes: dict[str, dict[str, int | list[int]]]
+    norms: list[_NormDocument]
+    gathers: list[_GatherDocument]
+
+    def record(self, plan: Plan) -> Record:
+        """The record of the file, with the plan that lies beside it."""
+        return Record(
+            plan, self.config, self.stock, self.attributes,
+            tuple(NormFix(**n.model_dump()) for n in self.norms),
+            tuple(Gather(**{**g.model_dump(), "kept": tuple(g.kept)}) for g in self.gathers),
+        )  # fmt: skip
+
+
+def _write_record(folder: Path, model: nn.Module, record: Record) -> None:
+    attributes: Overrides = {path: dict(values) for path, values in record.attributes.items()}
+    document = _RecordDocument(
+        format="shear-ir record 1",
+        model_class=type(model).__name__,
+        stock=record.stock,
+        config=_plain(record.config),
+        attributes=attributes,
+        norms=[_NormDocument(**asdict(n)) for n in record.norms],
+        gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
+    )
+    write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
+
+
+def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A config as JSON types: dtypes as their names."""
+    if config is None:
+        return None
+    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in config.items()}
+
+
+def _read_record(folder: Path) -> _RecordDocument:
+    try:
+        return _RecordDocument.model_validate_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (ValidationError, OSError, UnicodeDecodeError) as failure:
+        raise LoadError(f"{folder / RECORD_FILE} is damaged: {str(failure).splitlines()[0]}") from failure
+
+
+def _card(model: nn.Module, plan: Plan, stock: bool, note: str) -> str:
+    loads = (
+        f"`{type(model).__name__}.from_pretrained(path)` loads it." if stock
+        else f"Stock transformers does not load it ({note}); `shear_ir.load(path)` does."
+    )  # fmt: skip
+    rows = "\n".join(
+        f"| {name} | {getattr(plan.before, key):,} | {getattr(plan.after, key):,} |"
+        for name, key in (
+            ("parameters", "parameters"), ("bytes", "bytes"), ("FLOPs per token", "flops"),
+            ("KV-cache bytes per token", "kv_bytes"),
+        )  # fmt: skip
+    )
+    return (
+        f"---\nlibrary_name: transformers\ntags: [shear-ir, structured-pruning]\n---\n\n# {type(model).__name__}, sheared\n\n"
+        f"{100 * plan.ratio:.1f} % of the parameters are gone ({len(plan.cuts)} groups cut; `plan.json` says which). "
+        f"{loads}\n\n| | dense | sheared |\n|---|---|---|\n{rows}\n"
+    )

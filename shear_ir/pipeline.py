@@ -1,0 +1,178 @@
+"""The whole road: trace, analyse, select, shear, emit. The public functions of shear-ir are these."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from shear_backends import store
+from shear_backends.config_inference import accepted_counts, infer_config
+from shear_backends.graph import graph_module, tensors_of
+from shear_backends.module import shear_module
+from shear_backends.store import Saved
+from shear_backends.verify import Report
+from shear_backends.verify import verify as _verify
+from shear_ir.errors import PlanError
+from shear_ir.frontend.export import trace as _trace
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Plan
+from shear_ir.program import Program
+from shear_passes.analysis.find_groups import FindGroups, Groups
+from shear_passes.importance import Importance
+from shear_passes.rewrite.shear import cut_tensors, shear_program
+from shear_passes.select.build import masks_of
+from shear_passes.select.uniform import DEFAULT_KINDS, HEAD_KINDS, SelectUniform
+
+_managers: weakref.WeakKeyDictionary[Program, AnalysisManager] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
+    """Trace ``model`` (nn.Module, PreTrainedModel or PeftModel; the meta device will do) into a Program.
+
+    ``inputs``: forward arguments by name, made from the signature and config when None. ``dynamic``: keep batch and
+    length symbolic. Raises ``TraceError``.
+    """
+    program = _trace(model, inputs, dynamic=dynamic)
+    _models[program] = weakref.ref(model)
+    return program
+
+
+def analyses(program: Program) -> AnalysisManager:
+    """The analysis manager of ``program``, which keeps every result; it reads weights from the traced model."""
+    if program not in _managers:
+        _managers[program] = AnalysisManager(program)
+    manager = _managers[program]
+    model = _model_of(program)
+    manager.weights = None if model is None else tensors_of(model)
+    return manager
+
+
+def groups(program: Program) -> Groups:
+    """Every axis of the parameters with the slices it owns; iterates in graph order."""
+    return analyses(program).get(FindGroups())
+
+
+def plan(
+    program: Program,
+    *,
+    ratio: float,
+    importance: str | Importance = "magnitude",
+    round_to: int = 1,
+    uniform: bool = True,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    seed: int = 0,
+    stock: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Plan:
+    """What goes when ``ratio`` of the model's parameters shall go; see ``SelectUniform`` for the options.
+
+    ``stock``: where the config class of a transformers model refuses the number of heads that would be left (Llama:
+    heads must divide the hidden size), take a number beside it that is accepted and let the channels make up for it.
+    ``weights``: tensors by name, those of the traced model when None. Raises ``PlanError`` when the ratio cannot be
+    reached, a pattern matches nothing, or nothing would be removed.
+    """
+    selection = SelectUniform(
+        ratio=ratio, importance=importance, round_to=round_to, uniform=uniform, only=tuple(only), skip=tuple(skip),
+        kinds=tuple(kinds), seed=seed,
+    )  # fmt: skip
+    manager = analyses(program)
+    manager.get(FindGroups())
+    weights = manager.weights if weights is None else weights
+    if weights is None and importance == "magnitude":
+        raise PlanError("the model of this program is gone: pass weights={name: tensor}, or importance='order'")
+    # Weights change while a model trains, so scores and plans are never kept from one call to the next.
+    fork = manager.fork(weights, without=(Importance, SelectUniform))
+    found = fork.get(selection)
+    others = _accepted_heads(program, found) if stock and uniform else []
+    plans = [made for heads in others if (made := _try(fork, replace(selection, heads=heads))) is not None]
+    return min(plans, key=_imbalance, default=found)
+
+
+def shear(
+    model: nn.Module, plan: Plan, *, backend: Literal["module", "graph"] = "module", inputs: Any = None
+) -> nn.Module:
+    """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
+
+    ``model`` is left as it is. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the module
+    backend cannot express the result.
+    """
+    if backend not in ("module", "graph"):
+        raise PlanError(f"there is no backend '{backend}'; there are module and graph")
+    if backend == "module":
+        return shear_module(model, groups(_program(model, inputs)), plan, inputs)
+    program = trace(model, inputs, dynamic=True)
+    small = shear_program(groups(program), plan)
+    return graph_module(small, cut_tensors(tensors_of(model), plan.kept))
+
+
+def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
+    """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
+    return _verify(model, small, plan, inputs, seed=seed)
+
+
+def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
+    """Write a sheared model; ``Saved.stock`` says whether stock transformers loads it with identical outputs."""
+    return store.save(model, out, source=source, force=force)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read what ``save`` wrote; ``model``: the dense model, for classes that are not transformers' own."""
+    return store.load(path, model)
+
+
+def _accepted_heads(program: Program, plan: Plan) -> list[int]:
+    """The numbers of heads next to the plan's that the model's config class accepts; none when it need not change."""
+    model = _model_of(program)
+    counts = {(c.size, len(c.kept)) for c in plan.cuts if c.kind in HEAD_KINDS}
+    if model is None or len(counts) != 1:
+        return []
+    found = groups(program)
+    inference = infer_config(model, found, masks_of(found, plan.cuts), plan.kept)
+    if not inference.refused:
+        return []
+    size, count = counts.pop()
+    accepted = accepted_counts(model, inference.changes, size, count)
+    below, above = [n for n in accepted if n < count], [n for n in accepted if n > count]
+    return [*below[-1:], *above[:1]]
+
+
+def _try(manager: AnalysisManager, selection: SelectUniform) -> Plan | None:
+    try:
+        return manager.get(selection)
+    except PlanError:
+        return None
+
+
+def _imbalance(plan: Plan) -> float:
+    """How unlike the shares are that the kinds lose."""
+    lost: dict[str, float] = dict.fromkeys(plan.options["kinds"], 0.0)
+    for cut in plan.cuts:
+        lost[cut.kind] = max(lost[cut.kind], 1 - len(cut.kept) / cut.size)
+    return max(lost.values()) - min(lost.values())
+
+
+def _model_of(program: Program) -> nn.Module | None:
+    reference = _models.get(program)
+    return None if reference is None else reference()
+
+
+def _program(model: nn.Module, inputs: Any) -> Program:
+    """The program of ``model``: one that was traced before and still has the model's shapes, or a new one."""
+    if inputs is None:
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
+        for program, reference in list(_models.items()):
+            if reference() is model and not program.dynamic and _fits(program, shapes):
+                return program
+    return trace(model, inputs)
+
+
+def _fits(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return all(shapes.get(p.name) == p.type.shape for p in program.params.values() if p.kind != "constant")
