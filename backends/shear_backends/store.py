@@ -180,7 +180,9 @@ def _parameters_on_meta() -> Iterator[None]:
     register = nn.Module.register_parameter
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+        # One that is there already is a tied one and must stay the same object.
+        kept = param is None or param.is_meta
+        register(self, name, param if kept else nn.Parameter(param.to("meta"), param.requires_grad))
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:

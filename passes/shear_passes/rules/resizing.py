@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,15 @@ class Change:
             dim = self.out[first + at]
             if isinstance(size, int) and size != -1 and self.changed(dim):
                 sizes[at] = self.size(dim)
+            elif isinstance(size, fx.Node) and self.changed(dim):
+                sizes[at] = self._scaled(size, dim)
         self.set(place, sizes)
+
+    def _scaled(self, size: fx.Node, dim: Dim) -> fx.Node:
+        """A size computed from the input, such as batch x heads, with its constant factor after the cut."""
+        with self.graph.inserting_before(self.node):
+            product = self.graph.call_function(operator.mul, (size, self.size(dim)))
+            return self.graph.call_function(operator.floordiv, (product, dim.size))
 
     def call(self, target: Any, args: tuple[Any, ...]) -> None:
         """Replace the call by another one with the same results."""
