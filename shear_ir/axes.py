@@ -91,7 +91,7 @@ def axis(size: int) -> Dim:
 
 
 def product(factors: Iterable[Dim]) -> Dim:
-    """The product in normal form: nested products are flat, factors of size 1 are gone; none of it where one is empty."""
+    """The product in normal form: nested products are flat, no factor has size 1; empty where a factor is."""
     flat: list[Dim] = []
     for factor in factors:
         flat.extend(factor.factors if isinstance(factor, Product) else [factor])
@@ -290,23 +290,38 @@ def _step_products(a: Product, b: Product, todo: list[tuple[Dim, Dim]]) -> bool:
 def _step_concat(a: Concat, b: Concat | Product, todo: list[tuple[Dim, Dim]]) -> bool:
     if isinstance(b, Product):
         inner = b.factors[-1]
-        if all(part.size % inner.size == 0 for part in a.parts):
-            outers = [axis(part.size // inner.size) for part in a.parts]
+        rows = _whole_rows(a, inner.size)
+        outers = [axis(row.size // inner.size) for row in rows]
+        if len(rows) > 1:
             todo.append((product(b.factors[:-1]), concat(outers)))
-            todo.extend((part, product((outer, inner))) for part, outer in zip(a.parts, outers, strict=True))
-            return True
+            todo.extend((row, product((outer, inner))) for row, outer in zip(rows, outers, strict=True))
+        return len(rows) > 1
+    if a.parts[0].size > b.parts[0].size:
+        a, b = b, a
+    halves = split(b, a.parts[0].size)
+    if halves is None:
+        a, b = b, a
         halves = split(b, a.parts[0].size)
-    else:
-        halves = split(b, a.parts[0].size) if a.parts[0].size <= b.parts[0].size else None
-        if halves is None:
-            a, b = b, a
-            halves = split(b, a.parts[0].size)
     if halves is None:
         return False
     head, rest = a.parts[0], concat(a.parts[1:])
     todo.append((rest, halves[1]))
     todo.append((head, halves[0]))
     return True
+
+
+def _whole_rows(dim: Concat, width: int) -> list[Dim]:
+    """The parts of ``dim``, neighbours taken together, as the smallest pieces that hold a multiple of ``width``."""
+    rows: list[Dim] = []
+    row: list[Dim] = []
+    end = 0
+    for part in dim.parts:
+        row.append(part)
+        end += part.size
+        if end % width == 0:
+            rows.append(concat(row))
+            row = []
+    return rows
 
 
 def _split_concat(dim: Concat, at: int) -> tuple[Dim, Dim] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pass(ABC):
+class Pass:
     """What analyses and rewrites share: a name, the analyses they may ask for."""
 
     requires: ClassVar[tuple[type[Analysis[Any]], ...]] = ()
@@ -101,9 +101,7 @@ class AnalysisManager:
         """Hand in a result computed elsewhere, such as scores from data."""
         self._results[analysis] = result
 
-    def fork(
-        self, weights: Mapping[str, Tensor] | None, without: tuple[type[Analysis[Any]], ...]
-    ) -> AnalysisManager:
+    def fork(self, weights: Mapping[str, Tensor] | None, without: tuple[type[Analysis[Any]], ...]) -> AnalysisManager:
         """A manager of the same program with other weights, sharing every result but those of the kinds ``without``."""
         shared = {a: r for a, r in self._results.items() if not isinstance(a, without)}
         return AnalysisManager(self.program, weights, shared)

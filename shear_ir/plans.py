@@ -1,9 +1,10 @@
-"""Plan: which indices of which axes stay. Readable JSON, diffable, composable, and true of exactly one model's shapes."""
+"""Plan: which indices of which axes stay. Readable JSON, composable, and true of exactly one model's shapes."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -198,10 +199,9 @@ def _compose(first: Mapping[int, Indices], then: Mapping[int, Indices]) -> dict[
 
 def _compact(text: str) -> str:
     """Indented JSON with each interval on one line, which is how people read and diff it."""
-    import re
-
     joined = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
-    return re.sub(r"\[\s+(\[\d+, \d+\](?:,\s+\[\d+, \d+\])*)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", joined)
+    spans = r"\[\s+(\[\d+, \d+\](?:,\s+\[\d+, \d+\])*)\s+\]"
+    return re.sub(spans, lambda found: "[" + " ".join(found[1].split()) + "]", joined)
 
 
 _Count = Annotated[int, Field(ge=0)]

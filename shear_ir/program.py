@@ -112,8 +112,11 @@ class Program:
     @cached_property
     def digest(self) -> str:
         """Names and shapes of all tensors as a short hash: two models a plan can serve alike share it."""
-        text = ";".join(f"{p.name}{p.type.shape}" for p in sorted(self.params.values(), key=lambda p: p.name)
-                        if p.kind != "constant")
+        text = ";".join(
+            f"{p.name}{p.type.shape}"
+            for p in sorted(self.params.values(), key=lambda p: p.name)
+            if p.kind != "constant"
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:

@@ -48,8 +48,11 @@ def infer_types(
 ) -> dict[str, tuple[TensorType, ...]]:
     """The types of all nodes, computed by running the graph on the meta device; linear in the number of nodes."""
     interpreter = MetaInterpreter(graph)
-    inputs = [torch.empty(placeholders[n.name].shape, dtype=placeholders[n.name].dtype, device="meta")
-              for n in graph.nodes if n.op == "placeholder"]
+    inputs = [
+        torch.empty(placeholders[n.name].shape, dtype=placeholders[n.name].dtype, device="meta")
+        for n in graph.nodes
+        if n.op == "placeholder"
+    ]
     try:
         with torch.no_grad():
             interpreter.run(*inputs, enable_io_processing=False)

@@ -66,7 +66,7 @@ class _Sites:
     def __init__(self, model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask]) -> None:
         self.groups = groups
         counts = {atom: int(stays.sum()) for atom, stays in masks.items()}
-        self.new = lambda dim: evaluate(dim, lambda a: counts.get(a, a.size))
+        self.counts = counts
         self.own: dict[str, Sizes] = {}
         self.inner: dict[str, Sizes] = {}
         self.below: dict[str, Sizes] = {}
@@ -84,6 +84,10 @@ class _Sites:
             for number, source in enumerate(node.all_input_nodes):
                 self._put(self.inner, path, ("in", place, number), groups.axes.dims(source))
             self._groups_argument(path, place, node)
+
+    def new(self, dim: Dim) -> int:
+        """The size of a dim after the cut."""
+        return evaluate(dim, lambda a: self.counts.get(a, a.size))
 
     def of(self, path: str) -> Sizes:
         """The places of one module, its own parameters first."""
@@ -135,8 +139,8 @@ def _options(values: list[Any], sizes: list[Sizes], made: Site | None) -> list[l
     """The vectors of new values, without the one that changes nothing when it is the only one."""
     if isinstance(values[0], (tuple, list)):
         parts = [_options([v[i] for v in values], sizes, None) for i in range(len(values[0]))]
-        firsts = [p[0] if p else [v[i] for v in values] for i, p in enumerate(parts)]
-        changed = [type(values[0])(column) for column in zip(*firsts, strict=True)]
+        firsts: list[list[Any]] = [p[0] if p else [v[i] for v in values] for i, p in enumerate(parts)]
+        changed: list[Any] = [type(values[0])(column) for column in zip(*firsts, strict=True)]
         return [] if changed == values else [changed, values]
     if made is not None:
         new = [s.get(made, (v, v))[1] for v, s in zip(values, sizes, strict=True)]

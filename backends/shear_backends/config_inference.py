@@ -140,7 +140,8 @@ class _Search:
     def run(self) -> Mapping[Field, int] | None:
         """The fields to change; None when no change of fields gives the shapes."""
         fields = dict(_fields(self.model.config))
-        options = {f: sorted(n for n in self.sizes.get(v, ()) if n != v) for f, v in fields.items() if isinstance(v, int)}
+        sizes = {f: v for f, v in fields.items() if isinstance(v, int)}
+        options = {f: sorted(self.sizes.get(v, set()) - {v}) for f, v in sizes.items()}
         options = {f: new for f, new in options.items() if new}
         first = {f: new[0] for f, new in options.items()}
         for changes in self._orders(options, first):
@@ -155,7 +156,9 @@ class _Search:
         for picks in sorted(itertools.product(*choices), key=lambda p: p.count(None)):
             yield {f: pick for f, pick in zip(useful, picks, strict=True) if pick is not None}
 
-    def _with_silent_fields(self, fields: dict[Field, Any], options: dict[Field, list[int]]) -> Mapping[Field, int] | None:
+    def _with_silent_fields(
+        self, fields: dict[Field, Any], options: dict[Field, list[int]]
+    ) -> Mapping[Field, int] | None:
         """Fields that were not set (``head_dim=None``, ``n_inner=None``) and that the constructor asked for."""
         silent = [f for f, v in fields.items() if v is None]
         silent += [(name,) for name in self._asked_for() if (name,) not in fields]
@@ -192,7 +195,7 @@ class _Search:
         shapes = self._build(changes)
         if shapes is None:
             return True
-        return set(shapes) == set(self.base) and all(shapes[n] == self.base[n] or n in self.moving for n in shapes)
+        return shapes.keys() == self.base.keys() and all(shapes[n] == self.base[n] or n in self.moving for n in shapes)
 
     def _moves(self, changes: Mapping[Field, int]) -> bool:
         shapes = self._build(changes)

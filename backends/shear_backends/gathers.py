@@ -51,8 +51,10 @@ class _Hook:
     def _take(self, value: Tensor) -> Tensor:
         dim, period = self.gather.dim, self.gather.period
         kept = torch.tensor(self.gather.kept, device=value.device)
-        unfolded = value.unflatten(dim, (value.shape[dim] // period, period))
-        return unfolded.index_select(dim + 1, kept).flatten(dim, dim + 1)
+        shape = value.shape
+        unfolded = value.reshape(*shape[:dim], shape[dim] // period, period, *shape[dim + 1 :])
+        taken = unfolded.index_select(dim + 1, kept)
+        return taken.flatten(dim, dim + 1)
 
 
 def install(model: nn.Module, gathers: list[Gather]) -> None:
@@ -134,7 +136,7 @@ def _values(groups: Groups, wanted: set[fx.Node], feed: Inputs) -> dict[fx.Node,
             name = program.of_placeholder.get(node.name)
             found[node] = program.constants[name] if name is not None else feed[node.name]
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)  # type: ignore[misc]
+            args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
             found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return {node: found[node] for node in wanted}
 
@@ -147,7 +149,9 @@ def _calls(model: nn.Module, paths: set[str], feed: Inputs) -> dict[str, dict[st
     for path in paths:
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path) -> None:
-            calls.setdefault(path, {**dict(enumerate(args)), **kwargs})
+            given: dict[str | int, Any] = dict(enumerate(args))
+            given.update(kwargs)
+            calls.setdefault(path, given)
 
         hooks.append(model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True))
     try:

@@ -1,4 +1,4 @@
-"""The module backend: the same class hierarchy with smaller layers, so that everything that knew the model still does."""
+"""The module backend: the same class hierarchy with smaller layers: whatever knew the model still knows it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shear_backends import attributes
+from shear_backends.attributes import Overrides, apply_attributes
+from shear_backends.config_inference import infer_config
+from shear_backends.gathers import Gather, find_gathers, install
+from shear_backends.graph import graph_module, tensors_of
+from shear_backends.verify import TOLERANCE, difference, evaluation, run
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -19,13 +25,6 @@ from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
 from shear_passes.rewrite.shear import cut_tensor, shear_program
 from shear_passes.select.build import masks_of
-
-from shear_backends import attributes
-from shear_backends.attributes import Overrides, apply_attributes
-from shear_backends.config_inference import infer_config
-from shear_backends.gathers import Gather, find_gathers, install
-from shear_backends.graph import graph_module, tensors_of
-from shear_backends.verify import TOLERANCE, difference, evaluation, run
 
 RECORD = "shear_record"
 
@@ -130,7 +129,7 @@ def _take_config(small: nn.Module, model: nn.Module, config: Any) -> None:
 
 
 def _config_of(model: nn.Module) -> dict[str, Any] | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
@@ -197,4 +196,3 @@ class _Judge:
         other = trace(small, self.feed)
         mine = [(str(n.target), self.program.types[n.name]) for n in self.program.calls()]
         return mine == [(str(n.target), other.types[n.name]) for n in other.calls()]
-

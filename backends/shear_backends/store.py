@@ -15,18 +15,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from shear_ir.errors import LoadError, PlanError, SaveError
-from shear_ir.frontend.inputs import example_inputs
-from shear_ir.frontend.load import load_model, quiet
-from shear_ir.plans import Plan, write_text
-from shear_passes.rewrite.rescale_norm import NormFix
-
 from shear_backends.attributes import Overrides
 from shear_backends.folder import written_whole
 from shear_backends.gathers import Gather
 from shear_backends.graph import tensors_of
 from shear_backends.module import RECORD, Record, build
 from shear_backends.verify import difference, evaluation, run
+from shear_ir.errors import LoadError, PlanError, SaveError
+from shear_ir.frontend.inputs import example_inputs
+from shear_ir.frontend.load import load_model, quiet
+from shear_ir.plans import Plan, write_text
+from shear_passes.rewrite.rescale_norm import NormFix
 
 RECORD_FILE = "shear_ir.json"
 PLAN_FILE = "plan.json"
@@ -86,7 +85,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         dense = model if model is not None else _dense(document, folder)
         small = _filled(folder, dense, record)
     object.__setattr__(small, RECORD, record)
-    return small.eval()
+    small.eval()
+    return small
 
 
 def _write(model: nn.Module, folder: Path, pretrained: bool) -> None:
@@ -170,7 +170,7 @@ def _dense(document: _RecordDocument, folder: Path) -> nn.Module:
     try:
         config = transformers.CONFIG_MAPPING[document.config["model_type"]].from_dict(dict(document.config))
         with _parameters_on_meta():
-            return kind(config).eval()
+            return kind(config)
     except Exception as failure:  # the config comes from a file that anybody may have written
         raise LoadError(f"{folder / RECORD_FILE} holds a config that {document.model_class} refuses") from failure
 
@@ -181,8 +181,9 @@ def _parameters_on_meta() -> Iterator[None]:
 
     def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # One that is there already is a tied one and must stay the same object.
-        kept = param is None or param.is_meta
-        register(self, name, param if kept else nn.Parameter(param.to("meta"), param.requires_grad))
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
@@ -262,15 +263,13 @@ def _card(model: nn.Module, plan: Plan, stock: bool, note: str) -> str:
         f"`{type(model).__name__}.from_pretrained(path)` loads it." if stock
         else f"Stock transformers does not load it ({note}); `shear_ir.load(path)` does."
     )  # fmt: skip
+    names = {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs per token", "kv_bytes": "KV bytes per token"}
     rows = "\n".join(
-        f"| {name} | {getattr(plan.before, key):,} | {getattr(plan.after, key):,} |"
-        for name, key in (
-            ("parameters", "parameters"), ("bytes", "bytes"), ("FLOPs per token", "flops"),
-            ("KV-cache bytes per token", "kv_bytes"),
-        )  # fmt: skip
+        f"| {name} | {getattr(plan.before, key):,} | {getattr(plan.after, key):,} |" for key, name in names.items()
     )
     return (
-        f"---\nlibrary_name: transformers\ntags: [shear-ir, structured-pruning]\n---\n\n# {type(model).__name__}, sheared\n\n"
+        "---\nlibrary_name: transformers\ntags: [shear-ir, structured-pruning]\n---\n\n"
+        f"# {type(model).__name__}, sheared\n\n"
         f"{100 * plan.ratio:.1f} % of the parameters are gone ({len(plan.cuts)} groups cut; `plan.json` says which). "
         f"{loads}\n\n| | dense | sheared |\n|---|---|---|\n{rows}\n"
     )

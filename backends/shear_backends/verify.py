@@ -113,7 +113,8 @@ def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Largest absolute difference, infinite where shapes or counts differ; NaN stays NaN."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
-    return max((float((x.double() - y.double()).abs().max()) for x, y in zip(a, b, strict=True) if x.numel()), default=0.0)
+    gaps = (x.double() - y.double() for x, y in zip(a, b, strict=True) if x.numel())
+    return max((float(gap.abs().max()) for gap in gaps), default=0.0)
 
 
 @contextmanager

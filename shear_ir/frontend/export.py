@@ -14,10 +14,14 @@ from torch.export.graph_signature import InputKind
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.regions import GraphCopier
-from shear_ir.program import ModuleInfo, Param, Program
+from shear_ir.program import ModuleInfo, Param, Program, TensorKind
 
 _ROOT = "root"
-_KINDS = {InputKind.PARAMETER: "parameter", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant"}
+_KINDS: dict[InputKind, TensorKind] = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+}
 
 
 def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
@@ -147,13 +151,15 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
         if name in params:
             copier.reuse(node, placeholders_of[name])
             continue
-        copy = placeholders_of[name] = copier.placeholder(node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_"))
+        copy = placeholders_of[name] = copier.placeholder(
+            node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_")
+        )
         of_placeholder[copy.name] = name
         if kind == "constant":
             constants[name] = exported.constants[spec.target or ""]
         aliases = tuple(other for other, first in names.items() if first == name and other != name)
         persistent = spec.persistent is not False
-        params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)  # type: ignore[arg-type]
+        params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)
     copier.body()
     modules = {p: ModuleInfo(p, f"{type(m).__module__}.{type(m).__qualname__}") for p, m in model.named_modules()}
     config = getattr(model, "config", None)

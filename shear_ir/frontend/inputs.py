@@ -59,7 +59,8 @@ def _free_sizes(model: nn.Module, batch: int | None, length: int | None) -> tupl
     taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
     config = getattr(model, "config", None)
     if config is not None:
-        taken |= set(_ints(config.to_dict()))
+        sizes = set(_ints(config.to_dict()))
+        taken |= sizes | {a // b for a in sizes for b in sizes if b and a % b == 0}
     free = [prime for prime in _PRIMES if prime not in taken] or list(_PRIMES)
     batch = batch or free[0]
     return batch, length or next((p for p in free if p > max(batch, 6)), free[-1])
@@ -73,9 +74,7 @@ def _ints(values: Mapping[str, Any]) -> Iterable[int]:
             yield value
 
 
-def _transformers_inputs(
-    model: nn.Module, config: Any, batch: int, length: int, generator: torch.Generator
-) -> Inputs:
+def _transformers_inputs(model: nn.Module, config: Any, batch: int, length: int, generator: torch.Generator) -> Inputs:
     names = set(inspect.signature(_innermost(model).forward).parameters)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     main = str(model.main_input_name)
@@ -122,7 +121,8 @@ def _module_inputs(model: nn.Module, batch: int, length: int, generator: torch.G
         for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd))), None)
+    readers = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    first = next((m for m in model.modules() if isinstance(m, readers)), None)
     if len(required) != 1 or first is None:
         raise TraceError(
             f"the inputs of {type(model).__name__}.forward cannot be guessed from its signature: "

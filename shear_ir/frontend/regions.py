@@ -65,9 +65,9 @@ class GraphCopier:
         return None
 
     def _call(self, node: fx.Node) -> None:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.name().split(".")[0] in _GUARDS:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _GUARDS:
             return
-        args = fx.map_arg(node.args, self._env.__getitem__)
+        args: tuple[Any, ...] = fx.map_arg(node.args, self._env.__getitem__)
         name = getattr(node.target, "__name__", "")
         if name == "wrap_with_set_grad_enabled":
             enabled, region, *rest = args
@@ -81,7 +81,7 @@ class GraphCopier:
             if any(isinstance(a, fx.GraphModule) for a in args):
                 args = tuple(f"<region {name}>" if isinstance(a, fx.GraphModule) else a for a in args)
             kwargs = fx.map_arg(node.kwargs, self._env.__getitem__)
-            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]  # fx's own type
             self._keep(node, copy)
 
     def _results(self, results: Any, detach: bool) -> Any:
@@ -107,6 +107,6 @@ class GraphCopier:
         copy.meta["nn_module_stack"] = {
             key: (path.removeprefix(self.strip).lstrip("."), kind)
             for key, (path, kind) in stack.items()
-            if path
+            if path and not path.startswith("_empty")  # a module that the exporter made up for its own nodes
         }
         copy.meta["stack_trace"] = node.meta.get("stack_trace", "")

@@ -97,5 +97,3 @@ class MeasureCosts(Analysis[CostModel]):
 
 def _volume(dims: Iterable[Dim], size: Size) -> int:
     return math.prod(evaluate(d, size) for d in dims)
-
-

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 from shear_ir.axes import Axis, Dim, Dims, Hold, Indices, atoms, evaluate, freeze, owners, resolve, show
 from shear_ir.manager import Analysis, AnalysisManager
@@ -156,8 +156,14 @@ def _named(
             _cost(program.params[p], axes.of_param[p], atom) for p in dict.fromkeys(s.parameter for s in owned)
         )
         modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
-        module = os.path.commonprefix([m.split(".") for m in modules]) if modules else []
-        yield Group(name, kind, atom.size, atom, tuple(owned), per_unit, ".".join(module))
+        yield Group(name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules))
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The path of the smallest module that holds all of ``paths``."""
+    split = [path.split(".") for path in paths]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join(parts[0] for parts in shared)
 
 
 def _cost(param: Param, dims: Dims, atom: Axis) -> int:

@@ -63,9 +63,7 @@ class _Inference:
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
-        return Axes(
-            self.program, self.of_node, self.of_param, tuple(self.contractions), self.vanish, self.barriers
-        )
+        return Axes(self.program, self.of_node, self.of_param, tuple(self.contractions), self.vanish, self.barriers)
 
     def _placeholder(self, node: fx.Node) -> None:
         param = self.program.param(node)

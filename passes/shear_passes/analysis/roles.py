@@ -12,7 +12,7 @@ from shear_ir.axes import Axis, Concat, Dim, Product, atoms, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.vanish import Zeros
-from shear_passes.rules.registry import Contraction, op_name
+from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
@@ -33,9 +33,7 @@ class _Slice(Protocol):
     def expression(self) -> Dim: ...
 
 
-def find_roles(
-    program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]
-) -> dict[Axis, Kind]:
+def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]) -> dict[Axis, Kind]:
     """The kind of every axis that occurs in a parameter; the first of the roles below that fits."""
     kinds: dict[Axis, Kind] = {}
 
@@ -55,7 +53,7 @@ def find_roles(
     assign(rotary, "rotary_pair")
     assign(attention.head_dims, "head_dim")
     assign(residual, "residual")
-    made, read, convolved = _made_and_read(program, axes)
+    made, read, convolved = _made_and_read(axes)
     assign(convolved, "conv_channel")
     assign(made & read, "ffn")
     return {atom: kinds.get(atom, "other") for atom in slices}
@@ -67,11 +65,12 @@ def _atoms(dims: Iterable[Dim]) -> set[Axis]:
 
 def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
     found: set[Axis] = set()
+    tokens = any(not program.types[name][0].dtype.is_floating_point for name in program.inputs)
     for node in program.calls():
         if node.target is aten.embedding.default:
             table = node.args[0]
             found |= _atoms(axes.dims(table)[:1]) if isinstance(table, fx.Node) else set()
-        elif node.op == "call_function" and any(user.op == "output" for user in node.users):
+        elif tokens and node.op == "call_function" and any(user.op == "output" for user in node.users):
             found |= _atoms(axes.dims(node)[-1:])
     return found
 
@@ -80,8 +79,12 @@ def _by_call(axes: Axes) -> dict[str, Contraction]:
     return {c.node.name: c for c in axes.contractions}
 
 
-def _owned(program: Program, node: fx.Node) -> bool:
-    return program.param(node) is not None
+def _owned(axes: Axes, node: fx.Node) -> bool:
+    """Whether a value is a parameter, or one seen through a transpose, a view or a choice of its rows."""
+    while axes.vanish.get(node.name) is Vanish.MOVED and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    param = axes.program.param(node)
+    return param is not None and param.kind == "parameter"
 
 
 def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
@@ -91,7 +94,7 @@ def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
     for node in program.calls():
         if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
             continue
-        sides = [_linear_chain(program, contractions, a) for a in node.args if isinstance(a, fx.Node)]
+        sides = [_linear_chain(axes, contractions, a) for a in node.args if isinstance(a, fx.Node)]
         if len(sides) != 2 or not all(sides):
             continue
         base, branch = sorted(sides, key=len)
@@ -100,13 +103,13 @@ def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
     return found
 
 
-def _linear_chain(program: Program, contractions: Mapping[str, Contraction], node: fx.Node) -> list[Contraction]:
+def _linear_chain(axes: Axes, contractions: Mapping[str, Contraction], node: fx.Node) -> list[Contraction]:
     """The linear maps by parameters that make ``node``, last first, with only scaling and dropout in between."""
     chain: list[Contraction] = []
     while len(chain) < 3:
         node = _unscaled(node)
         made = contractions.get(node.name)
-        if made is None or not any(_owned(program, o.node) for o in made.operands):
+        if made is None or not any(_owned(axes, o.node) for o in made.operands):
             break
         chain.append(made)
         node = made.operands[0].node
@@ -134,7 +137,7 @@ def _residual(program: Program, axes: Axes) -> set[Axis]:
     for node in program.calls():
         if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
             continue
-        terms = [a for a in node.args[:2] if isinstance(a, fx.Node) and not _owned(program, a)]
+        terms = [a for a in node.args[:2] if isinstance(a, fx.Node) and not _owned(axes, a)]
         if len(terms) != 2 or len(axes.dims(terms[0])) != len(axes.dims(terms[1])):
             continue
         earlier, later = sorted(terms, key=order.__getitem__)
@@ -144,7 +147,7 @@ def _residual(program: Program, axes: Axes) -> set[Axis]:
 
 
 def _mapped_from(later: fx.Node, earlier: fx.Node, order: Mapping[fx.Node, int], contracting: set[fx.Node]) -> bool:
-    """Whether ``later`` was made from ``earlier`` with a contraction on the way, as a block does and ``x + x^3`` not."""
+    """Whether ``later`` was made from ``earlier`` by a contraction, as in a block and not in ``x + x^3``."""
     start = (later, later in contracting)
     stack, seen = [start], {start}
     first = order[earlier]
@@ -162,9 +165,10 @@ def _mapped_from(later: fx.Node, earlier: fx.Node, order: Mapping[fx.Node, int],
 
 def attention_products(axes: Axes, zeros: Zeros) -> tuple[list[Contraction], list[Contraction]]:
     """The products of two activations: scores, which sum over features, and mixes, which sum over positions."""
-    scores, mixes = [], [c for c in axes.contractions if c.mixed]
+    scores: list[Contraction] = []
+    mixes = [c for c in axes.contractions if c.mixed]
     for made in axes.contractions:
-        if len(made.operands) != 2 or any(axes.program.param(o.node) is not None for o in made.operands):
+        if len(made.operands) != 2 or any(_owned(axes, o.node) for o in made.operands):
             continue
         over = _atoms(made.over)
         live = over and all(over <= zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
@@ -205,9 +209,7 @@ def _paired(atom: Axis, owned: Sequence[_Slice]) -> bool:
 
 def _pair_in(dim: Dim, atom: Axis) -> bool:
     if isinstance(dim, Concat):
-        return sum(1 for p in dim.parts if p is atom) > 1 and _adjacent(dim, atom) or any(
-            _pair_in(p, atom) for p in dim.parts
-        )
+        return _adjacent(dim, atom) or any(_pair_in(p, atom) for p in dim.parts)
     if isinstance(dim, Product):
         for place, factor in enumerate(dim.factors[:-1]):
             if factor is atom and _constant(dim.factors[place + 1]):
@@ -224,18 +226,19 @@ def _constant(dim: Dim) -> bool:
     return isinstance(dim, Concat) and not any(True for _ in atoms(dim))
 
 
-def _made_and_read(program: Program, axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
+def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
     """Axes some parameter makes, axes some parameter sums over, and axes of convolution weights."""
     made: set[Axis] = set()
     read: set[Axis] = set()
     convolved: set[Axis] = set()
     for contraction in axes.contractions:
         for operand in contraction.operands:
-            if not _owned(program, operand.node):
+            if not _owned(axes, operand.node):
                 continue
             free = _atoms(operand.free)
             made |= free
             read |= _atoms(contraction.over)
             if op_name(contraction.node).startswith("aten.conv"):
-                convolved |= free | _atoms(contraction.over)
+                # Channels only: the later dims of the weight are kernel positions.
+                convolved |= _atoms(axes.dims(operand.node)[:2])
     return made, read, convolved

@@ -42,8 +42,9 @@ class _Squares:
         if (name, dim) not in self.known:
             weight = self.weights[name].detach()
             others = [d for d in range(weight.dim()) if d != dim]
-            total = torch.linalg.vector_norm(weight, dim=others, dtype=torch.float32) if others else weight.float().abs()
-            self.known[name, dim] = total.double().square().cpu().numpy()
+            weight = weight.float()
+            norm = torch.linalg.vector_norm(weight, dim=others) if others else weight.abs()
+            self.known[name, dim] = norm.double().square().cpu().numpy()
         return self.known[name, dim]
 
 

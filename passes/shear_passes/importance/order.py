@@ -18,4 +18,5 @@ class Order(Importance):
 
     def run(self, program: Program, analyses: AnalysisManager) -> Scores:
         """Needs no weights."""
-        return {g: -np.arange(g.size, dtype=np.float64) for g in analyses.get(FindGroups()) if g.prunable or g.rescalable}
+        groups = [g for g in analyses.get(FindGroups()) if g.prunable or g.rescalable]
+        return {g: -np.arange(g.size, dtype=np.float64) for g in groups}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from shear_ir.axes import Axis, Dim, Dims, Mask, evaluate, mask
+from shear_ir.axes import Axis, Dim, Dims, Indices, Mask, evaluate, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager, Rewrite
 from shear_ir.plans import Kept, Plan
@@ -39,7 +39,7 @@ class Shear(Rewrite):
         return None if weights is None else cut_tensors(weights, self._plan(analyses).kept)
 
     def _plan(self, analyses: AnalysisManager) -> Plan:
-        plan = Plan.load(self.plan) if self.plan else analyses.latest(Selection)
+        plan = Plan.load(self.plan) if self.plan else analyses.latest(Selection)  # type: ignore[type-abstract]  # any selection
         if plan is None:
             raise PlanError("shear needs a plan: put a selection before it, or give it plan=FILE")
         return plan
@@ -59,7 +59,7 @@ def cut_tensors(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     return {name: cut_tensor(tensor, kept.get(name, {})) for name, tensor in tensors.items()}
 
 
-def cut_tensor(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Tensor:  # type: ignore[type-arg]
+def cut_tensor(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
     """``tensor`` with the kept indices of each dim of ``kept``, as a new contiguous tensor."""
     with torch.no_grad():
         for dim, indices in kept.items():

@@ -55,9 +55,7 @@ def convolution(
     return conv(site, x, weight, bias, groups=groups)
 
 
-def _conv(
-    site: Site, x: Dims, channels: Dim, over: Dim, weight: Dims, bias: Dims | None, groups: int
-) -> Dims:
+def _conv(site: Site, x: Dims, channels: Dim, over: Dim, weight: Dims, bias: Dims | None, groups: int) -> Dims:
     if bias is not None:
         site.equate(bias[0], channels)
     rank = len(weight) - 2

@@ -14,7 +14,6 @@ from shear_passes.rules.resizing import Change
 aten = torch.ops.aten
 
 
-
 @rule(aten.expand.default, aten.broadcast_to.default, vanish=Vanish.MOVED)
 def expand(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """A dim of size 1, or one that was not there, becomes a fresh axis of copies."""

@@ -69,9 +69,9 @@ def grouped_mm(site: Site, x: Dims, weight: Dims, offs: Dims | None = None, *_: 
 @rule(aten.einsum.default)
 def einsum(site: Site, equation: str, operands: list[Dims], **_: Any) -> Dims | Results:
     """One axis per letter; letters that are missing on the right are contracted. An ellipsis broadcasts."""
-    left, _, right = equation.replace(" ", "").partition("->")
+    left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if not right and "->" not in equation:
+    if not arrow:
         letters = sorted(c for c in set(left) - {",", "."} if left.count(c) == 1)
         right = ("..." if "..." in left else "") + "".join(letters)
     by_letter: dict[str, Dim] = {}
@@ -92,9 +92,10 @@ def einsum(site: Site, equation: str, operands: list[Dims], **_: Any) -> Dims | 
         free.append(kept)
         ellipses.append(tuple(d for c, d in zip(letters_of, dims, strict=True) if c.isdigit()))
     over = [dim for letter, dim in by_letter.items() if letter not in right and not letter.isdigit()]
-    site.contract(over, list(zip(site.node.args[1], free, strict=True)))  # type: ignore[arg-type,call-overload]
+    site.contract(over, list(zip(site.node.args[1], free, strict=True)))  # type: ignore[arg-type]
     lead = broadcast(site, ellipses)
-    before, _, after = right.partition("...")
+    before, ellipsis, after = right.partition("...")
+    lead = lead if ellipsis else ()
     return (*(by_letter[c] for c in before), *lead, *(by_letter[c] for c in after))
 
 

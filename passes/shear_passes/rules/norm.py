@@ -53,9 +53,7 @@ def resize_rms_norm(change: Change) -> None:
 
 
 @rule(aten.group_norm.default, vanish=Vanish.FIRST)
-def group_norm(
-    site: Site, x: Dims, groups: int, weight: Dims | None = None, bias: Dims | None = None, *_: Any
-) -> Dims:
+def group_norm(site: Site, x: Dims, groups: int, weight: Dims | None = None, bias: Dims | None = None, *_: Any) -> Dims:
     """Centres and scales over the channels of each group: a whole group can go, a channel of it cannot."""
     site.vanish = Vanish.NEVER if bias is None else Vanish.FIRST
     inner = axis(x[1].size // groups)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shear_ir.axes import ONE, Dims
+from shear_ir.axes import ONE, Dim, Dims
 from shear_passes.rules.registry import Entry, Site, Vanish
 
 _PRODUCTS = {"mul", "mul_", "multiply", "__and__", "bitwise_and", "logical_and"}
@@ -34,7 +34,7 @@ _UNTAGGED = {
 def broadcast(site: Site, operands: Sequence[Dims]) -> Dims:
     """Dims of the broadcast of ``operands``, aligned from the right; a dim of size 1 says nothing about the others."""
     rank = max((len(dims) for dims in operands), default=0)
-    out = [ONE] * rank
+    out: list[Dim] = [ONE] * rank
     for dims in operands:
         for place, dim in enumerate(dims, start=rank - len(dims)):
             if dim.size == 1:

@@ -40,7 +40,9 @@ def total(site: Site, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any
 
 
 @rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
-def vector_norm(site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = False, *_: Any, **__: Any) -> Dims:
+def vector_norm(
+    site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = False, *_: Any, **__: Any
+) -> Dims:
     """``y = (sum |x|^p)^(1/p)``, with p finite and positive; other orders hold the axis."""
     places = _places(x, dims)
     rest = _rest(x, places, keepdim)
@@ -83,7 +85,9 @@ def extreme(site: Site, x: Dims, dims: Any = None, keepdim: bool = False) -> Dim
     return _rest(x, places, keepdim)
 
 
-@rule(aten.max.default, aten.min.default, aten.argmax.default, aten.argmin.default, aten.prod.default, aten.prod.dim_int)
+@rule(
+    aten.max.default, aten.min.default, aten.argmax.default, aten.argmin.default, aten.prod.default, aten.prod.dim_int
+)
 def whole(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False, **_: Any) -> Dims:
     """The largest entry or its number, or the product."""
     places = _places(x, dim)
@@ -158,5 +162,3 @@ def order(site: Site, x: Dims, *args: Any, dim: int = -1, **_: Any) -> Dims:
     place = wrap(args[0] if args else dim, len(x))
     site.freeze([x[place]], "entries are ranked along the axis")
     return x
-
-

@@ -174,7 +174,7 @@ def resize(*ops: Any) -> Callable[[R], R]:
 
 def entry_of(op: Any) -> Entry | None:
     """The table's row for ``op``; None when there is no rule."""
-    return _RULES.get(op) or (_RULES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None)
+    return _RULES.get(op) or (_RULES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None)  # type: ignore[no-untyped-call]
 
 
 def op_name(node: fx.Node) -> str:

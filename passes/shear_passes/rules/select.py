@@ -22,7 +22,7 @@ def slice_(site: Site, x: Dims, dim: int = 0, start: Any = None, end: Any = None
     if size == whole.size:
         return x
     if site.node.target is aten.narrow.default:
-        end, step = None, 1
+        step = 1
     if not isinstance(start, int | None) or not isinstance(step, int):
         return _frozen_part(site, x, place, "a slice that starts where the input says")
     first = wrap(start or 0, whole.size)

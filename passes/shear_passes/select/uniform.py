@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import accumulate
@@ -18,6 +18,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.cost import CostModel, MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Group, Groups
 from shear_passes.importance import Importance, Scores, criterion
+from shear_passes.importance.base import Score
 from shear_passes.select.build import Selection, build_plan
 
 DEFAULT_KINDS = ("ffn", "kv_head")
@@ -64,9 +65,7 @@ class SelectUniform(Selection):
             "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
             **({"heads": self.heads} if self.heads else {}),
         }  # fmt: skip
-        return build_plan(
-            groups, analyses.get(MeasureCosts()), kept, options=options, reason=f"least by {criterion_}"
-        )
+        return build_plan(groups, analyses.get(MeasureCosts()), kept, options=options, reason=f"least by {criterion_}")
 
 
 def choose(groups: Groups, only: Sequence[str], skip: Sequence[str], kinds: Sequence[str]) -> list[Group]:
@@ -125,7 +124,7 @@ class _Solver:
                 f"least one head and {self.asked.round_to} channels left in every layer, at most "
                 f"{math.floor(1000 * most / total) / 1000} of the parameters can go"
             )
-        share = self._bisect(lambda s: self._counts(s), target, total)
+        share = self._bisect(self._counts, target, total)
         fixed = self._counts(share)
         finest = self._finest()
         best = fixed
@@ -140,7 +139,7 @@ class _Solver:
             )
         return best
 
-    def _bisect(self, counts, target: float, total: int) -> float:  # type: ignore[no-untyped-def]
+    def _bisect(self, counts: Callable[[float], dict[Group, int]], target: float, total: int) -> float:
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -189,6 +188,6 @@ class _Solver:
         return self.costs.parameters(lambda a: sizes.get(a, a.size))
 
 
-def _best(scores: np.ndarray, count: int) -> Indices:  # type: ignore[type-arg]
+def _best(scores: Score, count: int) -> Indices:
     """The ``count`` units of the highest scores, in order; ties go to the lower index."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])
