@@ -111,6 +111,8 @@ def concat(parts: Iterable[Dim]) -> Dim:
 
 def find(atom: Axis) -> Dim:
     """What ``atom`` is bound to, with the path compressed; ``atom`` itself when it is free."""
+    if atom.bound is None:
+        return atom
     path = []
     node: Dim = atom
     while isinstance(node, Axis) and node.bound is not None:
@@ -193,12 +195,7 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim] | None:
 
 def evaluate(dim: Dim, size: Callable[[Axis], int]) -> int:
     """The size of ``dim`` when each atom has the size that ``size`` gives."""
-    dim = resolve(dim)
-    if isinstance(dim, Axis):
-        return size(dim)
-    if isinstance(dim, Product):
-        return math.prod(evaluate(f, size) for f in dim.factors)
-    return sum(evaluate(p, size) for p in dim.parts)
+    return _evaluate(resolve(dim), size)
 
 
 def mask(dim: Dim, kept: Mapping[Axis, Mask]) -> Mask:
@@ -240,6 +237,14 @@ def owners(dim: Dim, atom: Axis) -> list[Indices]:
 def show(dim: Dim, name: Callable[[Axis], str] | None = None) -> str:
     """``dim`` as text: ``kv:2 * (r:8 | r:8)``; ``name`` gives the atoms their names (default ``a<id>``)."""
     return _show(resolve(dim), name or (lambda atom: f"a{atom.id}"), nested=False)
+
+
+def _evaluate(dim: Dim, size: Callable[[Axis], int]) -> int:
+    if isinstance(dim, Axis):
+        return size(dim)
+    if isinstance(dim, Product):
+        return math.prod([_evaluate(f, size) for f in dim.factors])
+    return sum([_evaluate(p, size) for p in dim.parts])
 
 
 def _show(dim: Dim, name: Callable[[Axis], str], nested: bool) -> str:

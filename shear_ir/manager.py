@@ -8,6 +8,7 @@ per Program and dropped by a rewrite that does not preserve them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import time
 from abc import abstractmethod
@@ -21,6 +22,9 @@ from shear_ir.program import Program
 from shear_ir.verifier import verify_program
 
 T = TypeVar("T")
+
+# What needs no quotes inside of name{option=[word,word]}; globs with a [set] are words.
+_WORD = re.compile(r'(?:[^\s,"{}\\\[\]]|\[[^\s,"{}\\\[\]]*\])+')
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def _spell(value: Any) -> str:
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return "[" + ",".join(str(v) for v in value) + "]"
+    if isinstance(value, str):
+        return value if _WORD.fullmatch(value) else json.dumps(value)
+    if isinstance(value, Iterable):
+        return "[" + ",".join(map(_spell, value)) + "]"
     return str(value)

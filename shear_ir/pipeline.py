@@ -92,7 +92,8 @@ def plan(
     fork = manager.fork(weights, without=(Importance, SelectUniform))
     found = fork.get(selection)
     others = _accepted_heads(program, found) if stock and uniform else []
-    plans = [made for heads in others if (made := _try(fork, replace(selection, heads=heads))) is not None]
+    tried = [_try(fork, replace(selection, heads=heads)) for heads in others]
+    plans = [made for made in tried if made is not None]
     return min(plans, key=_imbalance, default=found)
 
 
@@ -101,7 +102,7 @@ def shear(
 ) -> nn.Module:
     """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
 
-    ``model`` is left as it is. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the module
+    ``model`` is left as it is and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the module
     backend cannot express the result.
     """
     if backend not in ("module", "graph"):
@@ -110,7 +111,7 @@ def shear(
         return shear_module(model, groups(_program(model, inputs)), plan, inputs)
     program = trace(model, inputs, dynamic=True)
     small = shear_program(groups(program), plan)
-    return graph_module(small, cut_tensors(tensors_of(model), plan.kept))
+    return graph_module(small, _copies(model, plan))
 
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
@@ -157,6 +158,14 @@ def _imbalance(plan: Plan) -> float:
     for cut in plan.cuts:
         lost[cut.kind] = max(lost[cut.kind], 1 - len(cut.kept) / cut.size)
     return max(lost.values()) - min(lost.values())
+
+
+def _copies(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of ``model``, cut and copied; parameters ask for gradients as the model's do."""
+    tensors = tensors_of(model)
+    cut = {name: tensor.detach().clone() for name, tensor in cut_tensors(tensors, plan.kept).items()}
+    wants = {name: t.requires_grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    return {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
 
 
 def _model_of(program: Program) -> nn.Module | None:

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -120,9 +121,8 @@ class Program:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        from shear_ir.printer import plain
-
-        return plain(self)
+        # print() asks from below for what lies above: the printer reads programs, so it is found by name.
+        return str(import_module("shear_ir.printer").plain(self))
 
 
 def module_path(node: fx.Node) -> str:

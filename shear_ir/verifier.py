@@ -13,11 +13,16 @@ from shear_ir.program import Program, TensorType
 
 
 class MetaInterpreter(fx.Interpreter):
-    """Runs a graph on the meta device and keeps the types of what each call makes."""
+    """Runs a graph on the meta device and keeps the types of what each call makes.
+
+    A call like an earlier one, as most calls of a deep model are, has the earlier one's result.
+    """
 
     def __init__(self, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(torch.nn.Module(), graph))
+        super().__init__(torch.nn.Module(), graph=graph)
         self.types: dict[str, tuple[TensorType, ...]] = {}
+        self._known: dict[Any, Any] = {}
+        self._writes = any(_mutable(node.target) for node in graph.nodes)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one call with every device replaced by meta."""
@@ -31,7 +36,25 @@ class MetaInterpreter(fx.Interpreter):
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device("meta")}
         args = tuple(torch.device("meta") if isinstance(a, torch.device) else a for a in args)
-        return super().call_function(target, args, kwargs)
+        if self._writes:  # shared results would be written to more than once
+            return super().call_function(target, args, kwargs)
+        call = (target, _likeness(args), _likeness(tuple(kwargs.items())))
+        if call not in self._known:
+            self._known[call] = super().call_function(target, args, kwargs)
+        return self._known[call]
+
+
+def _mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _likeness(value: Any) -> Any:
+    """What two arguments have in common when no call on the meta device can tell them apart."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple([_likeness(item) for item in value])
+    return type(value), value
 
 
 def types_of(result: Any) -> tuple[TensorType, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from shear_backends.config_inference import infer_config
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.verify import TOLERANCE, difference, evaluation, run
+from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -46,7 +48,7 @@ class Record:
 
 
 def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> nn.Module:
-    """A new model of the same class with the plan applied; ``model`` is not changed and untouched tensors are shared.
+    """A new model of the same class with the plan applied; ``model`` is not changed and shares no tensor with it.
 
     Raises ``PlanError`` for a plan of another model and ``ShearingError`` when no setting of the modules' attributes
     computes the sheared graph's function.
@@ -57,46 +59,75 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
     judge = _Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
-    config = infer_config(model, groups, masks, plan.kept, norms).config
-    if config is not None:
-        small = build(model, plan.kept, norms=norms)
-        _take_config(small, model, config)
-        if judge.agrees(small):
-            return _recorded(small, model, plan, Record(plan, _config_of(model), stock=True, norms=norms))
-    gathers = tuple(find_gathers(model, groups, masks, feed))
-    for overrides in attributes.candidates(model, groups, masks):
-        small = build(model, plan.kept, overrides, norms, gathers)
-        if judge.agrees(small):
-            record = Record(plan, _config_of(model), False, overrides, norms, gathers)
-            return _recorded(small, model, plan, record)
+    cuts = cut_by_id(model, plan.kept, norms)
+    for recipe in _recipes(model, groups, masks, plan, norms, feed):
+        if judge.agrees(build(model, cuts, recipe)):
+            small = build(model, _with_copies(model, cuts), recipe)
+            return _recorded(small, model, plan, recipe)
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
         f"{judge.last}: use the graph backend, or other kinds"
     )
 
 
-def build(
-    model: nn.Module, kept: Kept, overrides: Overrides | None = None, norms: tuple[NormFix, ...] = (),
-    gathers: tuple[Gather, ...] = (),
-) -> nn.Module:  # fmt: skip
-    """A copy of ``model`` with cut tensors, attributes, norms and hooks set; tensors that lose nothing are shared."""
-    tensors = tensors_of(model)
+@dataclass(frozen=True)
+class Recipe:
+    """What has to change in a copy of the dense modules beside its tensors; with a ``config``, the class's own."""
+
+    config: Any = None
+    attributes: Overrides = field(default_factory=dict)
+    norms: tuple[NormFix, ...] = ()
+    gathers: tuple[Gather, ...] = ()
+
+
+def _recipes(
+    model: nn.Module,
+    groups: Groups,
+    masks: Mapping[Axis, Mask],
+    plan: Plan,
+    norms: tuple[NormFix, ...],
+    feed: Inputs,
+) -> Iterator[Recipe]:
+    """Ways to build the sheared model, the stock one first."""
+    config = infer_config(model, groups, masks, plan.kept, norms).config
+    if config is not None:
+        yield Recipe(config, _attributes_by_config(model, config), norms)
+    gathers = tuple(find_gathers(model, groups, masks, feed))
+    for overrides in attributes.candidates(model, groups, masks):
+        yield Recipe(None, overrides, norms, gathers)
+
+
+def cut_by_id(model: nn.Module, kept: Kept, norms: tuple[NormFix, ...] = ()) -> dict[int, Tensor]:
+    """What each tensor of ``model`` becomes, by the tensor's id; one that loses nothing becomes itself."""
     fixes = {fix.parameter: fix for fix in norms}
-    memo: dict[int, Any] = {}
-    for name, tensor in tensors.items():
-        if id(tensor) in memo:
+    found: dict[int, Tensor] = {}
+    for name, tensor in tensors_of(model).items():
+        if id(tensor) in found:
             continue
         cut = cut_tensor(tensor, kept.get(name, {}))
         if name in fixes:
             cut = _rescaled(cut, fixes[name])
         if cut is not tensor and isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = cut
-    small = copy.deepcopy(model, memo)
-    apply_attributes(small, overrides or {})
-    for fix in norms:
+        found[id(tensor)] = cut
+    return found
+
+
+def _with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """``cuts`` with copies of the tensors that lose nothing, so that training one model leaves the other alone."""
+    own = {id(t): t for t in tensors_of(model).values()}
+    return {key: copy.deepcopy(cut) if cut is own[key] else cut for key, cut in cuts.items()}
+
+
+def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe) -> nn.Module:
+    """A copy of ``model`` over the tensors of ``cuts``, with config, attributes, norms and hooks set."""
+    small = copy.deepcopy(model, dict(cuts))
+    if recipe.config is not None:
+        small.config.__dict__.update(copy.deepcopy(recipe.config).__dict__)
+    apply_attributes(small, recipe.attributes)
+    for fix in recipe.norms:
         _set_eps(small.get_submodule(fix.module), fix)
-    install(small, list(gathers))
+    install(small, list(recipe.gathers))
     return small
 
 
@@ -111,21 +142,22 @@ def _set_eps(module: nn.Module, fix: NormFix) -> None:
             setattr(module, name, value * fix.factor)
 
 
-def _take_config(small: nn.Module, model: nn.Module, config: Any) -> None:
-    """Give ``small`` the config, and its modules the integer attributes that modules built from it have."""
+def _attributes_by_config(model: nn.Module, config: Any) -> Overrides:
+    """The integer attributes in which modules built from ``config`` differ from those of the dense config.
+
+    Only integers: a float such as attention's scale belongs to the function that was trained and must not change.
+    """
     with torch.device("meta"):
         dense, fresh = type(model)(copy.deepcopy(model.config)), type(model)(copy.deepcopy(config))
-    before, after = dict(dense.named_modules()), dict(fresh.named_modules())
-    for path, module in small.named_modules():
-        if path not in after or path not in before:
-            continue
-        for name, value in vars(after[path]).items():
-            old = vars(before[path]).get(name)
-            if name.startswith("_") or isinstance(value, bool) or value == old:
-                continue
-            if isinstance(value, (int, tuple, list)) and isinstance(old, type(value)):
-                setattr(module, name, value)
-    small.config.__dict__.update(copy.deepcopy(config).__dict__)
+    before = dict(dense.named_modules())
+    found: Overrides = {}
+    for path, module in fresh.named_modules():
+        old = vars(before[path]) if path in before else {}
+        for name, value in vars(module).items():
+            sized = isinstance(value, (int, tuple, list)) and not isinstance(value, bool) and not name.startswith("_")
+            if sized and isinstance(old.get(name), type(value)) and value != old[name]:
+                found.setdefault(path, {})[name] = value
+    return found
 
 
 def _config_of(model: nn.Module) -> dict[str, Any] | None:
@@ -133,8 +165,10 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _recorded(small: nn.Module, model: nn.Module, plan: Plan, record: Record) -> nn.Module:
+def _recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
     """Attach the record, joined with that of earlier cuts."""
+    stock = recipe.config is not None
+    record = Record(plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers)
     first: Record | None = getattr(model, RECORD, None)
     if first is not None:
         merged = {path: dict(values) for path, values in first.attributes.items()}

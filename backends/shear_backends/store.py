@@ -19,7 +19,7 @@ from shear_backends.attributes import Overrides
 from shear_backends.folder import written_whole
 from shear_backends.gathers import Gather
 from shear_backends.graph import tensors_of
-from shear_backends.module import RECORD, Record, build
+from shear_backends.module import RECORD, Recipe, Record, build, cut_by_id
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.inputs import example_inputs
@@ -126,7 +126,8 @@ def _stock(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
 
 def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
     try:
-        small = build(dense, record.plan.kept, record.attributes, record.norms, record.gathers)
+        recipe = Recipe(None, record.attributes, record.norms, record.gathers)
+        small = build(dense, cut_by_id(dense, record.plan.kept), recipe)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
     found = small.load_state_dict(_tensors(folder), strict=False, assign=True)

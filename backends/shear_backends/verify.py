@@ -66,17 +66,15 @@ def verify(
     ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
     one the plan was made for.
     """
-    feeds = _feeds(model, inputs, seed)
     worst = scale = moved = 0.0
-    with evaluation(model), evaluation(small), torch.no_grad():
+    with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
+        feeds = _feeds(model, inputs, seed)
         reference = masked(model, plan.kept)
         for feed in feeds:
             expected, found, dense = run(reference, feed), run(small, feed), run(model, feed)
-            worst = max(worst, difference(expected, found))
-            moved = max(moved, difference(expected, dense))
+            worst = _largest([worst, difference(expected, found)])
+            moved = _largest([moved, difference(expected, dense)])
             scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])
-            if worst != worst:
-                break
     lengths = tuple(tuple(next(iter(f.values())).shape) for f in feeds)
     return Report(worst, scale, tolerance, lengths, moved)
 
@@ -113,8 +111,31 @@ def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Largest absolute difference, infinite where shapes or counts differ; NaN stays NaN."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
-    gaps = (x.double() - y.double() for x, y in zip(a, b, strict=True) if x.numel())
-    return max((float(gap.abs().max()) for gap in gaps), default=0.0)
+    pairs = ((x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel())
+    # Where both are the same infinity they agree.
+    return _largest([float(torch.where(x == y, 0.0, x - y).abs().max()) for x, y in pairs])
+
+
+def _largest(gaps: Sequence[float]) -> float:
+    """The largest, NaN when one is NaN: ``max`` would lose it."""
+    return float(np.max(gaps, initial=0.0))
+
+
+@contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Tensors of half precision as float32, so that functions are compared and not their rounding.
+
+    The tensors themselves are put back at the end, bit for bit; one that two models share is converted once.
+    """
+    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    halves = [(t, t.data) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
+    try:
+        for tensor, half in halves:
+            tensor.data = half.float()
+        yield
+    finally:
+        for tensor, half in halves:
+            tensor.data = half
 
 
 @contextmanager
@@ -141,4 +162,6 @@ def _feeds(model: nn.Module, inputs: Any, seed: int) -> list[Inputs]:
 
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:
-    return {name: value.to(device_of(model)) for name, value in feed.items()}
+    halves = (torch.bfloat16, torch.float16)
+    placed = {name: value.to(device_of(model)) for name, value in feed.items()}
+    return {name: value.float() if value.dtype in halves else value for name, value in placed.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from shear_ir.axes import Axis, Dim, evaluate
+from shear_ir.axes import Axis, Dim, Product, evaluate, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.plans import Costs
 from shear_ir.program import Program
@@ -16,6 +18,8 @@ from shear_passes.analysis.vanish import FindZeros, Zeros
 from shear_passes.rules.registry import Contraction
 
 Size = Callable[[Axis], int]
+Polynomial = Counter[tuple[Axis, ...]]
+"""A number as a sum of coefficients times products of sizes: the atoms of each product, and its coefficient."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,15 @@ class CostModel:
             for p in self.program.params.values()
             if p.kind == "parameter"
         )
+
+    def parameters_in(self, atoms: Collection[Axis]) -> Callable[[Mapping[Axis, int]], int]:
+        """The number of parameters as a function of these atoms' sizes alone, much quicker to evaluate."""
+        total = Polynomial()
+        for param in self.program.params.values():
+            if param.kind == "parameter":
+                total.update(_product([_polynomial(resolve(d), atoms) for d in self.axes.of_param[param.name]]))
+        terms = list(total.items())
+        return lambda sizes: sum([factor * math.prod([sizes[a] for a in term]) for term, factor in terms])
 
     def _bytes(self, size: Size) -> int:
         return sum(
@@ -93,6 +106,27 @@ class MeasureCosts(Analysis[CostModel]):
     def run(self, program: Program, analyses: AnalysisManager) -> CostModel:
         """Nothing is evaluated yet."""
         return CostModel(program, analyses.get(InferAxes()), analyses.get(FindZeros()))
+
+
+def _polynomial(dim: Dim, atoms: Collection[Axis]) -> Polynomial:
+    if isinstance(dim, Axis):
+        return Polynomial({(dim,): 1} if dim in atoms else {(): dim.size})
+    if isinstance(dim, Product):
+        return _product([_polynomial(f, atoms) for f in dim.factors])
+    total = Polynomial()
+    for part in dim.parts:
+        total.update(_polynomial(part, atoms))
+    return total
+
+
+def _product(factors: Iterable[Polynomial]) -> Polynomial:
+    total = Polynomial({(): 1})
+    for factor in factors:
+        product = Polynomial()
+        for (left, a), (right, b) in itertools.product(total.items(), factor.items()):
+            product[tuple(sorted((*left, *right), key=lambda atom: atom.id))] += a * b
+        total = product
+    return total
 
 
 def _volume(dims: Iterable[Dim], size: Size) -> int:

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from shear_ir.axes import Axis, Indices
+from shear_ir.axes import Indices
 from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
@@ -114,6 +114,9 @@ class _Solver:
     scores: Scores
     costs: CostModel
 
+    def __post_init__(self) -> None:
+        self._count = self.costs.parameters_in({g.axis for g in self.groups})
+
     def solve(self) -> dict[Group, int]:
         total = self.costs.program.parameter_count
         target = self.asked.ratio * total
@@ -184,8 +187,7 @@ class _Solver:
         return min(group.size, max(step, step * round(wanted / step)))
 
     def _parameters(self, counts: Mapping[Group, int]) -> int:
-        sizes: dict[Axis, int] = {g.axis: n for g, n in counts.items()}
-        return self.costs.parameters(lambda a: sizes.get(a, a.size))
+        return self._count({g.axis: n for g, n in counts.items()})
 
 
 def _best(scores: Score, count: int) -> Indices:
