@@ -1,0 +1,45 @@
+"""Verifying compares functions, in float32 whatever the weights are kept in, and loses no NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import shear_ir as sir
+from shear_backends.verify import difference
+from tests.zoo import build
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_compared_in_float32_and_left_as_it_was(dtype: torch.dtype) -> None:
+    model = build("llama_gqa").to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = sir.plan(sir.trace(model), ratio=0.2)
+    small = sir.shear(model, plan)
+    seen = []
+    small.register_forward_pre_hook(lambda module, _: seen.append(next(module.parameters()).dtype))
+    report = sir.verify(model, small, plan)
+    assert report.sound
+    assert set(seen) == {torch.float32}
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_nan_is_never_sound() -> None:
+    model = build("mlp")
+    plan = sir.plan(sir.trace(model), ratio=0.2)
+    small = sir.shear(model, plan)
+    with torch.no_grad():
+        small.down.bias[3] = math.nan
+    report = sir.verify(model, small, plan)
+    assert math.isnan(report.max_abs_diff)
+    assert not report.sound
+
+
+def test_equal_infinities_agree_and_nan_in_any_tensor_stays() -> None:
+    inf, nan = torch.tensor([1.0, math.inf]), torch.tensor([math.nan])
+    assert difference([inf], [inf.clone()]) == 0.0
+    assert difference([inf], [-inf]) == math.inf
+    assert math.isnan(difference([inf, nan], [inf, nan]))
