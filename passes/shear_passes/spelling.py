@@ -135,7 +135,8 @@ def _word(wanted: Any) -> str:
         return f"[{item},{item}]"
     if typing.get_args(wanted):
         return "|".join(_word(a) if isinstance(a, type) else str(a) for a in typing.get_args(wanted))
-    return {bool: "True|False", int: "NUMBER", float: "NUMBER", str: "WORD"}.get(wanted, wanted.__name__.lower())
+    words = {bool: "True|False", int: "NUMBER", float: "NUMBER", str: "WORD"}
+    return words.get(wanted) or str(wanted.__name__).lower()
 
 
 def _split(text: str, at: str | None) -> list[str]:
@@ -157,7 +158,7 @@ def _split(text: str, at: str | None) -> list[str]:
             start = place + 1
         place += 1
     if depth or quoted:
-        raise PlanError(f"'{text}' lacks a closing {depth[-1] if depth else 'quote'}")
+        raise PlanError(f"'{text}' lacks a closing {'quote' if quoted else depth[-1]}")
     return [*parts, text[start:]]
 
 
