@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import networkx as nx
 from torch import Tensor, nn
 
 from shear_backends import store
@@ -22,13 +23,13 @@ from shear_ir.frontend.export import trace as _trace
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
+from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance import Importance
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.select.build import masks_of
 from shear_passes.select.uniform import DEFAULT_KINDS, HEAD_KINDS, SelectUniform
 
-_managers: weakref.WeakKeyDictionary[Program, AnalysisManager] = weakref.WeakKeyDictionary()
 _models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
@@ -45,9 +46,8 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
 
 def analyses(program: Program) -> AnalysisManager:
     """The analysis manager of ``program``, which keeps every result; it reads weights from the traced model."""
-    if program not in _managers:
-        _managers[program] = AnalysisManager(program)
-    manager = _managers[program]
+    # On the program itself, so that program and results go together when nobody holds them any more.
+    manager: AnalysisManager = vars(program).setdefault("_analyses", AnalysisManager(program))
     model = _model_of(program)
     manager.weights = None if model is None else tensors_of(model)
     return manager
@@ -56,6 +56,11 @@ def analyses(program: Program) -> AnalysisManager:
 def groups(program: Program) -> Groups:
     """Every axis of the parameters with the slices it owns; iterates in graph order."""
     return analyses(program).get(FindGroups())
+
+
+def dependency_graph(program: Program) -> nx.MultiDiGraph[str]:
+    """Parameters, groups and ops of ``program`` as a networkx graph."""
+    return analyses(program).get(DependencyGraph())
 
 
 def plan(
@@ -102,8 +107,8 @@ def shear(
 ) -> nn.Module:
     """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
 
-    ``model`` is left as it is and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the module
-    backend cannot express the result.
+    ``model`` is left as it is and shares no tensor with the result. Raises ``PlanError`` for a plan of another model,
+    ``ShearingError`` when the module backend cannot express the result.
     """
     if backend not in ("module", "graph"):
         raise PlanError(f"there is no backend '{backend}'; there are module and graph")

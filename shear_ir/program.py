@@ -76,6 +76,8 @@ class Program:
     dynamic: bool = False
     owner: str = "model"
 
+    # The two methods that ask for what lies above this layer find it by name.
+
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node in order of execution."""
@@ -120,8 +122,11 @@ class Program:
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def to_networkx(self) -> Any:
+        """The dependency graph of parameters, groups and ops: see ``shear_passes.analysis.dependency_graph``."""
+        return import_module("shear_ir.pipeline").dependency_graph(self)
+
     def __str__(self) -> str:
-        # print() asks from below for what lies above: the printer reads programs, so it is found by name.
         return str(import_module("shear_ir.printer").plain(self))
 
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from shear_ir.axes import Axis, Dim, Product, evaluate, resolve
 from shear_ir.manager import Analysis, AnalysisManager
@@ -37,6 +38,11 @@ class CostModel:
             return sizes.get(atom, atom.size)
 
         return Costs(self.parameters(size), self._bytes(size), self._flops(size), self._kv_bytes(size))
+
+    @cached_property
+    def now(self) -> Costs:
+        """Costs of the model as it is."""
+        return self.at({})
 
     def parameters(self, size: Size) -> int:
         """Number of parameters, tied ones once."""

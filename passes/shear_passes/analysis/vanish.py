@@ -8,7 +8,7 @@ with f(0) != 0 lose it. A contraction that cannot show it freezes its axis.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ class _Walk:
         self.by_call: dict[str, list[Contraction]] = {}
         for contraction in axes.contractions:
             self.by_call.setdefault(contraction.node.name, []).append(contraction)
-        self.mutated = _mutated(program)
+        self.mutated = _mutated(axes)
         self._counts: dict[int, Counter[Axis]] = {}
 
     def run(self) -> Zeros:
@@ -81,8 +81,10 @@ class _Walk:
     def _of(self, node: fx.Node) -> Atoms:
         results = self.axes.of_node.get(node.name, [])
         if node.op == "placeholder":
-            owned = self.program.param(node) is not None
-            return frozenset(self.carried(results[0])) if owned and results else _NOTHING
+            param = self.program.param(node)
+            # A constant in the code has no name by which the mask could reach it.
+            masked = param is not None and param.kind != "constant"
+            return frozenset(self.carried(results[0])) if masked and results else _NOTHING
         law = self.axes.vanish.get(node.name, Vanish.NEVER)
         if node.name in self.axes.barriers:
             return _NOTHING
@@ -129,7 +131,7 @@ class _Walk:
         others = [n for n in node.all_input_nodes if n is not first]
         # A divisor that is zero there would make the quotient NaN.
         tainted = frozenset[Axis]().union(*(self.zero.get(n.name, _NOTHING) for n in others))
-        divides = op_name(node).startswith("aten.div")
+        divides = op_name(node).startswith(("aten.div", "aten.floor_divide", "aten.fmod"))
         return frozenset(a for a in self._aligned(first, out) if not (divides and a in tainted))
 
     def _all(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
@@ -141,7 +143,7 @@ class _Walk:
     def _contracted(self, made: Contraction, out: Counter[Axis]) -> Atoms:
         found = frozenset[Axis]().union(*(self._aligned(o.node, out, o.free) for o in made.operands))
         for addend in made.added:
-            found &= self.zero.get(addend.name, _NOTHING)
+            found &= self._aligned(addend, out)
         return found
 
     def _check(self, contraction: Contraction) -> None:
@@ -158,14 +160,30 @@ def _positive(exponent: Any) -> bool:
     return isinstance(exponent, int | float) and exponent > 0
 
 
-def _mutated(program: Program) -> set[str]:
+def _mutated(axes: Axes) -> set[str]:
     """Names of values that some call writes to in place, and of the values they are views of."""
     found: set[str] = set()
-    for node in program.calls():
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-            continue
-        written = node.args[0] if node.args else None
-        while isinstance(written, fx.Node) and written.name not in found:
-            found.add(written.name)
-            written = written.args[0] if written.op == "call_function" and written.args else None
+    for node in axes.program.calls():
+        for written in _written(node):
+            place: Any = written
+            while isinstance(place, fx.Node) and place.name not in found:
+                found.add(place.name)
+                place = place.args[0] if _shares(axes, place) else None
     return found
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a call writes to, as its schema says."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        if argument.is_write and isinstance(value, fx.Node):
+            yield value
+
+
+def _shares(axes: Axes, node: fx.Node) -> bool:
+    """Whether a value may lie in the memory of its first argument: a view, a write in place, or a call unknown here."""
+    if node.op != "call_function" or not node.args:
+        return False
+    return any(_written(node)) or axes.vanish.get(node.name) is Vanish.MOVED or node.name in axes.barriers

@@ -15,7 +15,7 @@ _SUMS = {"add", "add_", "sub", "sub_", "rsub", "__or__", "bitwise_or", "logical_
 _FIRST = {"div", "div_", "divide", "pow", "fmod", "where", "ldexp", "floor_divide"}
 _ZERO_TO_ZERO = {
     "abs", "alias", "asin", "asinh", "atan", "ceil", "clone", "copy", "detach", "elu", "erf", "expm1", "floor",
-    "gelu", "gelu_", "hardswish", "hardtanh", "leaky_relu", "log1p", "mish", "neg", "neg_", "prelu", "relu", "relu6",
+    "gelu", "gelu_", "hardswish", "leaky_relu", "log1p", "mish", "neg", "neg_", "prelu", "relu", "relu6",
     "relu_", "round", "sgn", "sign", "silu", "silu_", "sin", "sinh", "softsign", "sqrt", "square", "tan", "tanh",
     "to", "trunc", "_to_copy",
 }  # fmt: skip

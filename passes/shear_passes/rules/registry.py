@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -179,7 +180,12 @@ def entry_of(op: Any) -> Entry | None:
 
 def op_name(node: fx.Node) -> str:
     """The operator as the text IR spells it: ``aten.linear`` for ``aten.linear.default``."""
-    text = str(node.target) if hasattr(node.target, "overloadpacket") else getattr(node.target, "__name__", "call")
+    return _target_name(node.target)
+
+
+@cache
+def _target_name(target: Any) -> str:
+    text = str(target) if hasattr(target, "overloadpacket") else getattr(target, "__name__", "call")
     return text.removesuffix(".default")
 
 

@@ -44,7 +44,7 @@ def build_plan(
         model=groups.program.owner,
         cuts=tuple(cuts),
         kept=_kept(groups, masks),
-        before=costs.at({}),
+        before=costs.now,
         after=costs.at({atom: int(m.sum()) for atom, m in masks.items()}),
         frozen={g.name: g.reason for g in groups if not g.prunable},
         options=dict(options or {}),
@@ -67,10 +67,11 @@ def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Ma
 
 def _kept(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[str, dict[int, Indices]]:
     touched = {(s.parameter, s.dim): s.expression for g in groups if g.axis in masks for s in g.slices}
+    # Dims of one expression, such as gate, up and down of an MLP, share one array.
+    stays = {expression: np.flatnonzero(mask(expression, masks)) for expression in set(touched.values())}
     kept: dict[str, dict[int, Indices]] = {}
     for name in groups.program.params:
         for dim in range(len(groups.axes.of_param[name])):
             if (name, dim) in touched:
-                stays = np.flatnonzero(mask(touched[name, dim], masks))
-                kept.setdefault(name, {})[dim] = stays
+                kept.setdefault(name, {})[dim] = stays[touched[name, dim]]
     return kept
