@@ -7,20 +7,23 @@ from candidate configs until every tensor has the sheared shape; where none fits
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, resolve
+from shear_backends.attributes import spans
+from shear_ir.axes import Axis, Mask, evaluate
 from shear_ir.plans import Kept
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix
 
-Field = tuple[str, ...]
+Field = tuple[str | int, ...]
+"""The way to a config field: attribute names, and places in lists."""
+Changes = dict[Field, int]
 Shapes = dict[str, tuple[int, ...]]
 
 _BUILDS = 96
@@ -83,14 +86,17 @@ def _objection(config: Any) -> str:
 
 def _get(config: Any, path: Field) -> Any:
     for part in path:
-        config = getattr(config, part, None)
+        config = config[part] if isinstance(part, int) else getattr(config, part, None)
     return config
 
 
 def _set(config: Any, path: Field, value: Any) -> None:
-    for part in path[:-1]:
-        config = getattr(config, part)
-    setattr(config, path[-1], value)
+    *parents, last = path
+    owner = _get(config, tuple(parents))
+    if isinstance(last, int):
+        owner[last] = value
+    else:
+        setattr(owner, last, value)
 
 
 def _target(model: nn.Module, kept: Kept) -> Shapes:
@@ -111,66 +117,83 @@ def _shapes(model: nn.Module) -> Shapes:
 
 
 def _sizes(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[int, set[int]]:
-    """Old size to new sizes, over every dim of every value and parameter and their factors."""
+    """Old size to new sizes, over every dim of every value and parameter and runs of their factors."""
     counts = {atom: int(stays.sum()) for atom, stays in masks.items()}
     found: dict[int, set[int]] = {}
-
-    def note(dim: Dim) -> None:
-        solved = resolve(dim)
-        parts = (solved, *solved.factors) if isinstance(solved, Product) else (solved,)
-        for part in parts:
-            found.setdefault(part.size, set()).add(evaluate(part, lambda a: counts.get(a, a.size)))
 
     axes = groups.axes
     for dims in (*axes.of_param.values(), *(d for results in axes.of_node.values() for d in results)):
         for dim in dims:
-            note(dim)
+            for _, part in spans(dim):
+                found.setdefault(part.size, set()).add(evaluate(part, lambda a: counts.get(a, a.size)))
     return found
 
 
 class _Search:
+    """Descends from the config in which every field follows its dim to the one that gives the target shapes."""
+
     def __init__(self, model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> None:
         self.model = model
         self.target = target
         self.sizes = sizes
-        self.builds = 0
-        self.base = _shapes(model)
-        self.moving = {n for n in target if target[n] != self.base.get(n)}
+        self.builds: dict[frozenset[tuple[Field, int]], Shapes | None] = {}
+        self.base = self._build({})
 
-    def run(self) -> Mapping[Field, int] | None:
+    def run(self) -> Changes | None:
         """The fields to change; None when no change of fields gives the shapes."""
+        if self.base is None or set(self.base) != set(self.target):
+            return None
         fields = dict(_fields(self.model.config))
-        sizes = {f: v for f, v in fields.items() if isinstance(v, int)}
-        options = {f: sorted(self.sizes.get(v, set()) - {v}) for f, v in sizes.items()}
-        options = {f: new for f, new in options.items() if new}
-        first = {f: new[0] for f, new in options.items()}
-        for changes in self._orders(options, first):
-            if self._fits(changes):
-                return changes
-        return self._with_silent_fields(fields, options)
+        pins = self._pins(fields)
+        options: dict[Field, list[int]] = {}
+        for path, value in {**fields, **pins}.items():
+            news = sorted(n for n in self.sizes.get(value, ()) if n != value) if isinstance(value, int) else []
+            news = [n for n in news if self._helps({**pins, path: n})]
+            if news:
+                options[path] = news
+        changes = self._descend({**pins, **{path: news[0] for path, news in options.items()}}, options, pins)
+        if self._distance(changes) != 0.0:
+            return None
+        for path in pins:
+            without = {p: v for p, v in changes.items() if p != path}
+            if self._distance(without) == 0.0:
+                changes = without
+        return changes
 
-    def _orders(self, options: dict[Field, list[int]], first: dict[Field, int]) -> Iterator[dict[Field, int]]:
-        yield first
-        useful = {f: new for f, new in options.items() if self._harmless({f: new[0]})}
-        choices = [[*new, None] for new in useful.values()]
-        for picks in sorted(itertools.product(*choices), key=lambda p: p.count(None)):
-            yield {f: pick for f, pick in zip(useful, picks, strict=True) if pick is not None}
+    def _descend(self, changes: Changes, options: Mapping[Field, list[int]], pins: Changes) -> Changes:
+        """One field at a time to the value nearest to the target, until none helps; its old value is one of them."""
+        best = self._distance(changes)
+        better = True
+        while better and best > 0.0:
+            better = False
+            for path, news in options.items():
+                kept = {p: v for p, v in changes.items() if p != path or path in pins}
+                tries = [{**kept, path: pins[path]} if path in pins else kept]
+                tries += [{**kept, path: new} for new in news if new != changes.get(path)]
+                found, nearest = min(((self._distance(t), i) for i, t in enumerate(tries)), default=(best, 0))
+                if found < best:
+                    changes, best, better = tries[nearest], found, True
+        return changes
 
-    def _with_silent_fields(
-        self, fields: dict[Field, Any], options: dict[Field, list[int]]
-    ) -> Mapping[Field, int] | None:
-        """Fields that were not set (``head_dim=None``, ``n_inner=None``) and that the constructor asked for."""
-        silent = [f for f, v in fields.items() if v is None]
+    def _pins(self, fields: Mapping[Field, Any]) -> Changes:
+        """Fields that were not set (``head_dim=None``, ``n_inner=None``) or that the constructor only asked for.
+
+        Each at the value that changes nothing, so that a field it was derived from can change without it.
+        """
+        silent = [path for path, value in fields.items() if value is None]
         silent += [(name,) for name in self._asked_for() if (name,) not in fields]
-        base = {f: new[0] for f, new in options.items()}
-        seen = sorted({new for news in self.sizes.values() for new in news} | set(self.sizes))
-        for name in silent:
-            if self._moves({name: 7}):
-                for changes in (base, {}, *({f: base[f]} for f in base)):
-                    for value in seen:
-                        if self._fits({**changes, name: value}):
-                            return {**changes, name: value}
-        return None
+        probe = 1 + max(self.sizes, default=0)
+        pins: Changes = {}
+        for path in silent:
+            probed = self._build({path: probe})
+            if probed is None or probed == self.base:
+                continue
+            likely = {old * probe // new for old, new in self._moved(probed) if old * probe % new == 0}
+            for value in (*sorted(likely), *sorted(set(self.sizes) - likely)):
+                if self._build({path: value}) == self.base:
+                    pins[path] = value
+                    break
+        return pins
 
     def _asked_for(self) -> list[str]:
         """Names the constructor looks up in the config although the config does not have them."""
@@ -190,24 +213,44 @@ class _Search:
             return []
         return [n for n in dict.fromkeys(missed) if not n.startswith("_")]
 
-    def _harmless(self, changes: Mapping[Field, int]) -> bool:
-        """Whether a change moves only tensors that have to move; a build that fails says nothing against it."""
+    def _helps(self, changes: Changes) -> bool:
+        """Whether a change moves dims, and only such as have to move; a build that fails says nothing against it."""
         shapes = self._build(changes)
         if shapes is None:
             return True
-        return shapes.keys() == self.base.keys() and all(shapes[n] == self.base[n] or n in self.moving for n in shapes)
+        assert self.base is not None
+        if set(shapes) != set(self.base) or any(len(shapes[n]) != len(self.base[n]) for n in shapes):
+            return False
+        moved = [(n, d) for n, shape in shapes.items() for d, s in enumerate(shape) if s != self.base[n][d]]
+        return bool(moved) and all(self.target[n][d] != self.base[n][d] for n, d in moved)
 
-    def _moves(self, changes: Mapping[Field, int]) -> bool:
+    def _moved(self, shapes: Shapes) -> Iterator[tuple[int, int]]:
+        """Old and new size of every dim that differs from the base."""
+        assert self.base is not None
+        for name, shape in shapes.items():
+            for old, new in zip(self.base.get(name, ()), shape, strict=False):
+                if old != new:
+                    yield old, new
+
+    def _distance(self, changes: Changes) -> float:
+        """How far the built shapes are from the target; 0 only for the target itself.
+
+        Logarithms, so that a dim that two fields make together (heads x head_dim) comes nearer by either of them.
+        """
         shapes = self._build(changes)
-        return shapes is not None and shapes != self.base
+        if shapes is None or {n: len(s) for n, s in shapes.items()} != {n: len(s) for n, s in self.target.items()}:
+            return math.inf
+        pairs = (p for n, shape in shapes.items() for p in zip(shape, self.target[n], strict=True))
+        return sum(abs(math.log(a / b)) if a and b else 1.0 for a, b in pairs if a != b)
 
-    def _fits(self, changes: Mapping[Field, int]) -> bool:
-        return self._build(changes) == self.target
+    def _build(self, changes: Changes) -> Shapes | None:
+        """The shapes of a model built with ``changes``; None when the class refuses them."""
+        key = frozenset(changes.items())
+        if key not in self.builds and len(self.builds) < _BUILDS:
+            self.builds[key] = self._built(changes)
+        return self.builds.get(key)
 
-    def _build(self, changes: Mapping[Field, int]) -> Shapes | None:
-        if self.builds >= _BUILDS:
-            return None
-        self.builds += 1
+    def _built(self, changes: Changes) -> Shapes | None:
         try:
             config = self.config(changes)
             with torch.device("meta"):
@@ -215,7 +258,7 @@ class _Search:
         except Exception:  # any constructor may refuse any config: then it is not this one
             return None
 
-    def config(self, changes: Mapping[Field, int]) -> Any:
+    def config(self, changes: Changes) -> Any:
         """The model's config with the given fields changed."""
         config = copy.deepcopy(self.model.config)
         for path, value in changes.items():
@@ -223,13 +266,16 @@ class _Search:
         return config
 
 
-def _fields(config: Any, prefix: Field = ()) -> Iterable[tuple[Field, Any]]:
+def _fields(config: Any, prefix: Field = ()) -> Iterator[tuple[Field, Any]]:
+    """The integer and unset fields of a config, of its sub-configs and of its lists (``ffn_dims=[64, 48]``)."""
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
         if hasattr(value, "to_dict"):
             yield from _fields(value, (*prefix, name))
-        elif value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        elif isinstance(value, list):
+            yield from (((*prefix, name, place), entry) for place, entry in enumerate(value) if type(entry) is int)
+        elif value is None or type(value) is int:
             yield (*prefix, name), value
 
 
