@@ -7,6 +7,7 @@ differences on the meta device); what is still open is tried, and the graph back
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, resolve
+from shear_backends.verify import evaluation, run
+from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, product, resolve
+from shear_ir.frontend.inputs import Inputs
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
 
 Site = tuple[Any, ...]
 Sizes = dict[Site, tuple[int, int]]
 Overrides = dict[str, dict[str, Any]]
-"""Module path to attribute to its new value."""
+"""Module path to attribute (``num_heads``, ``config.num_attention_heads``) to its new value."""
 
 _TRIES = 256
 
@@ -37,10 +40,10 @@ class _Choice:
     options: list[list[Any]]
 
 
-def candidates(model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask]) -> Iterator[Overrides]:
+def candidates(model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask], feed: Inputs) -> Iterator[Overrides]:
     """Assignments of new values to attributes, likeliest first; at most 256 of them."""
     sites = _Sites(model, groups, masks)
-    choices = [choice for choice in _choices(model, sites) if choice.options]
+    choices = [choice for choice in _choices(model, sites, _config_reads(model, feed)) if choice.options]
     fixed = [c for c in choices if len(c.options) == 1]
     open_ = [c for c in choices if len(c.options) > 1]
     ranks = sorted(itertools.islice(itertools.product(*(range(len(c.options)) for c in open_)), 65536), key=sum)
@@ -57,7 +60,23 @@ def apply_attributes(model: nn.Module, overrides: Overrides) -> None:
     for path, values in overrides.items():
         module = model.get_submodule(path)
         for name, value in values.items():
-            setattr(module, name, tuple(value) if isinstance(getattr(module, name, None), tuple) else value)
+            owner, _, leaf = name.rpartition(".")
+            if owner:
+                # The config is every module's: one that lives by other values gets a copy of its own.
+                setattr(module, owner, copy.copy(getattr(module, owner)))
+            target = getattr(module, owner) if owner else module
+            setattr(target, leaf, tuple(value) if isinstance(getattr(target, leaf, None), tuple) else value)
+
+
+def spans(dim: Dim) -> Iterator[tuple[tuple[int, ...], Dim]]:
+    """``dim``, its factors and the runs of them (of ``ranks x heads x head_dim``: all heads), each with its place."""
+    solved = resolve(dim)
+    yield (), solved
+    if isinstance(solved, Product):
+        count = len(solved.factors)
+        for length in range(1, count):
+            for first in range(count - length + 1):
+                yield (first, first + length), product(solved.factors[first : first + length])
 
 
 class _Sites:
@@ -94,13 +113,10 @@ class _Sites:
         return {**self.own.get(path, {}), **self.inner.get(path, {}), **self.below.get(path, {})}
 
     def _put(self, table: dict[str, Sizes], path: str, site: Site, dims: tuple[Dim, ...]) -> None:
+        mine = table.setdefault(path, {})
         for place, dim in enumerate(dims):
-            solved = resolve(dim)
-            mine = table.setdefault(path, {})
-            mine[*site, place] = (solved.size, self.new(solved))
-            if isinstance(solved, Product):
-                for factor, part in enumerate(solved.factors):
-                    mine[*site, place, factor] = (part.size, self.new(part))
+            for span, part in spans(dim):
+                mine[*site, place, *span] = (part.size, self.new(part))
 
     def _groups_argument(self, path: str, place: int, node: fx.Node) -> None:
         """The number of groups of a convolution is a size too, though no dim shows it alone."""
@@ -112,21 +128,49 @@ class _Sites:
                 self.inner.setdefault(path, {})["groups", place] = (old, self.new(channels) // self.new(per_group))
 
 
-def _choices(model: nn.Module, sites: _Sites) -> Iterator[_Choice]:
+def _choices(model: nn.Module, sites: _Sites, reads: Mapping[str, Mapping[str, int]]) -> Iterator[_Choice]:
     by_class: dict[type, list[str]] = {}
     for path, module in model.named_modules():
         if any(old != new for old, new in sites.of(path).values()):
             by_class.setdefault(type(module), []).append(path)
     for paths in by_class.values():
-        first = model.get_submodule(paths[0])
-        made_by = _constructor_dims(first)
-        for attribute, value in list(vars(first).items()):
-            if attribute.startswith("_") or not _is_size(value):
-                continue
-            values = [getattr(model.get_submodule(p), attribute, None) for p in paths]
-            if all(_is_size(v) for v in values):
+        tables = [{**vars(model.get_submodule(p)), **reads.get(p, {})} for p in paths]
+        made_by = _constructor_dims(model.get_submodule(paths[0]))
+        for attribute in tables[0]:
+            values = [table.get(attribute) for table in tables]
+            if not attribute.startswith("_") and all(_is_size(v) for v in values):
                 options = _options(values, [sites.of(p) for p in paths], made_by.get(attribute))
                 yield _Choice(paths, attribute, options)
+
+
+def _config_reads(model: nn.Module, feed: Inputs) -> dict[str, dict[str, int]]:
+    """The numbers each module's forward takes from its config (``config.num_attention_heads``), found by running it."""
+    watched = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    found: dict[str, dict[str, int]] = {}
+    for path, module in watched.named_modules():
+        if hasattr(getattr(module, "config", None), "to_dict"):
+            module.config = _watcher(module.config, found.setdefault(path, {}))
+    try:
+        with evaluation(watched), torch.no_grad():
+            run(watched, feed)
+    except Exception:  # code that minds the class of its config: what was read until then is known
+        pass
+    return found
+
+
+def _watcher(config: Any, read: dict[str, int]) -> Any:
+    """A copy of ``config`` that notes the numbers read from it."""
+    kind: Any = type(config)
+
+    def note(self: Any, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if _is_size(value) and not name.startswith("_"):
+            read[f"config.{name}"] = value
+        return value
+
+    seen = copy.copy(config)
+    seen.__class__ = type(kind.__name__, (kind,), {"__getattribute__": note})
+    return seen
 
 
 def _is_size(value: Any) -> bool:

@@ -93,7 +93,7 @@ def _recipes(
     if config is not None:
         yield Recipe(config, _attributes_by_config(model, config), norms)
     gathers = tuple(find_gathers(model, groups, masks, feed))
-    for overrides in attributes.candidates(model, groups, masks):
+    for overrides in attributes.candidates(model, groups, masks, feed):
         yield Recipe(None, overrides, norms, gathers)
 
 
@@ -123,7 +123,7 @@ def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe) -> nn.Mo
     """A copy of ``model`` over the tensors of ``cuts``, with config, attributes, norms and hooks set."""
     small = copy.deepcopy(model, dict(cuts))
     if recipe.config is not None:
-        small.config.__dict__.update(copy.deepcopy(recipe.config).__dict__)
+        _adopt(small.config, copy.deepcopy(recipe.config))
     apply_attributes(small, recipe.attributes)
     for fix in recipe.norms:
         _set_eps(small.get_submodule(fix.module), fix)
@@ -158,6 +158,16 @@ def _attributes_by_config(model: nn.Module, config: Any) -> Overrides:
             if sized and isinstance(old.get(name), type(value)) and value != old[name]:
                 found.setdefault(path, {})[name] = value
     return found
+
+
+def _adopt(config: Any, other: Any) -> None:
+    """Give ``config`` the values of ``other``, its sub-configs too: modules hold on to the objects they were given."""
+    for name, value in vars(other).items():
+        mine = vars(config).get(name)
+        if hasattr(value, "to_dict") and type(mine) is type(value):
+            _adopt(mine, value)
+        else:
+            vars(config)[name] = value
 
 
 def _config_of(model: nn.Module) -> dict[str, Any] | None:
