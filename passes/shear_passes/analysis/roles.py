@@ -47,7 +47,8 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
     assign(ranks, "lora_rank")
     residual = _residual(program, axes)
     attention = _Attention(axes, zeros)
-    assign(attention.kv_heads, "kv_head")
+    assign(_innermost(attention.kv_heads, slices), "kv_head")
+    assign(attention.kv_heads, "other")
     assign(attention.query_groups, "query_group")
     rotary = {a for a in attention.head_dims if _paired(a, slices.get(a, ()))}
     assign(rotary, "rotary_pair")
@@ -57,6 +58,17 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
     assign(convolved, "conv_channel")
     assign(made & read, "ffn")
     return {atom: kinds.get(atom, "other") for atom in slices}
+
+
+def _innermost(heads: set[Axis], slices: Mapping[Axis, Sequence[_Slice]]) -> set[Axis]:
+    """``heads`` without those that count blocks of other heads, as in ``ranks x heads x head_dim``."""
+    outer: set[Axis] = set()
+    for atom in heads & slices.keys():
+        for piece in slices[atom]:
+            dim = resolve(piece.expression)
+            nested = [f for f in dim.factors if isinstance(f, Axis) and f in heads] if isinstance(dim, Product) else []
+            outer.update(nested[:-1])
+    return heads - outer
 
 
 def _atoms(dims: Iterable[Dim]) -> set[Axis]:
@@ -80,9 +92,11 @@ def _by_call(axes: Axes) -> dict[str, Contraction]:
 
 
 def _owned(axes: Axes, node: fx.Node) -> bool:
-    """Whether a value is a parameter, or one seen through a transpose, a view or a choice of its rows."""
-    while axes.vanish.get(node.name) is Vanish.MOVED and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    """Whether a value is a parameter, or one seen through a transpose, a view or a choice of experts."""
+    while isinstance(first := node.args[0] if node.args else None, fx.Node) and (
+        axes.vanish.get(node.name) is Vanish.MOVED or op_name(node) in ("aten.index.Tensor", "aten.index_select")
+    ):
+        node = first
     param = axes.program.param(node)
     return param is not None and param.kind == "parameter"
 
