@@ -31,7 +31,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """``model`` in evaluation mode with every parameter and saved buffer drawn anew, no entry of them zero.
 
-    Norm weights lie around one, other vectors around zero; matrices keep the scale of what they map.
+    Norms scale by about one, other vectors lie around zero; matrices keep the scale of what they map.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,7 +46,9 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def _draw(name: str, tensor: Tensor, norm: bool, generator: torch.Generator) -> Tensor:
     if name == "running_var" or (norm and name.endswith("weight")):
-        return 0.7 + 0.6 * torch.rand(tensor.shape, generator=generator)
+        around_one = 0.7 + 0.6 * torch.rand(tensor.shape, generator=generator)
+        # A norm that starts at zero scales by one plus its weight.
+        return around_one if tensor.any() else around_one - 1.0
     drawn = torch.randn(tensor.shape, generator=generator)
     # Away from zero, so that no entry passes for one that was removed.
     drawn = drawn.sign() * (drawn.abs() + 0.05)
