@@ -60,9 +60,11 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
         if source is not None:
             _carry(Path(source), beside)
         pretrained = hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
-        _write(model, beside, pretrained)
+        _write(model, beside, pretrained, record.stock)
         record.plan.save(beside / PLAN_FILE)
         stock, note = _stock(model, beside, record) if pretrained else (False, "not a transformers model")
+        if record.stock and not stock:
+            _write(model, beside, pretrained, stock)
         _write_record(beside, model, replace(record, stock=stock))
         write_text(beside / "README.md", _card(model, record.plan, stock, note))
     return Saved(Path(out), stock, note)
@@ -89,10 +91,11 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return small
 
 
-def _write(model: nn.Module, folder: Path, pretrained: bool) -> None:
+def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> None:
     if pretrained:
         with quiet():
-            model.save_pretrained(folder)  # type: ignore[operator]
+            # transformers saves some families under older names, which only its own loader maps back.
+            model.save_pretrained(folder, save_original_format=stock)  # type: ignore[operator]
         return
     first: dict[int, str] = {}
     unique = {n: t for n, t in model.state_dict().items() if first.setdefault(t.data_ptr() or id(t), n) == n}
@@ -114,7 +117,7 @@ def _stock(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
         return False, "no config of the class has these sizes"
     try:
         with quiet():
-            again = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype).eval()  # type: ignore[attr-defined]
+            again = type(model).from_pretrained(folder, **_loading(model)).eval()  # type: ignore[attr-defined]
     except Exception as failure:  # whatever stock code raises, the answer is that stock code does not load it
         return False, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
     again = again.to(next(model.parameters()).device)
@@ -122,6 +125,13 @@ def _stock(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
     with evaluation(model), evaluation(again), torch.no_grad():
         gap = difference(run(model, feed), run(again, feed))
     return gap == 0.0, "" if gap == 0.0 else f"the reloaded model's outputs differ by {gap:.3g}"
+
+
+def _loading(model: nn.Module) -> dict[str, Any]:
+    """What a reader may choose without changing the function: the dtype, the attention and the experts' product."""
+    config: Any = model.config
+    chosen = {name: getattr(config, f"_{name}", None) for name in ("attn_implementation", "experts_implementation")}
+    return {"dtype": next(model.parameters()).dtype, **{name: value for name, value in chosen.items() if value}}
 
 
 def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
