@@ -52,11 +52,11 @@ def _put(beside: Path, out: Path, force: bool) -> None:
         return
     refuse_existing(out, force)
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-    os.rename(out, old / "replaced")
     try:
+        os.rename(out, old / "replaced")
         os.rename(beside, out)
-    except BaseException:
-        os.rename(old / "replaced", out)
-        raise
     finally:
+        # An interrupt may come between the two: what was there is put back before anything is removed.
+        if not out.exists():
+            os.rename(old / "replaced", out)
         shutil.rmtree(old, ignore_errors=True)

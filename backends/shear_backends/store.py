@@ -31,7 +31,10 @@ RECORD_FILE = "shear_ir.json"
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
 # What belongs to a model beside weights and config: data files only, never code.
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "1_Pooling/config.json")
+_CARRIED = (
+    "*token*.json", "*vocab*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json",
+    "*processor_config.json", "modules.json", "*sentence*.json", "1_Pooling/config.json",
+)  # fmt: skip
 _OURS = ("config.json", "generation_config.json", RECORD_FILE, PLAN_FILE)
 
 
@@ -70,11 +73,12 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
     return Saved(Path(out), stock, note)
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False) -> nn.Module:
     """Read a folder that ``save`` wrote, in evaluation mode.
 
-    ``model``: the dense model, needed for classes that are not transformers' own (its weights are not used). Raises
-    ``LoadError`` when the folder is damaged, ``PlanError`` when ``model`` is not the one that was sheared.
+    ``model``: the dense model, needed for classes that are not transformers' own (its weights are not used).
+    ``trust_remote_code``: run the code that a stock folder names. Raises ``LoadError`` when the folder is damaged,
+    ``PlanError`` when ``model`` is not the one that was sheared.
     """
     folder = Path(path)
     if not (folder / RECORD_FILE).is_file():
@@ -82,7 +86,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     document = _read_record(folder)
     record = document.record(Plan.load(folder / PLAN_FILE))
     if record.stock:
-        small = load_model(str(folder)).model
+        small = load_model(str(folder), trust_remote_code=trust_remote_code).model
     else:
         dense = model if model is not None else _dense(document, folder)
         small = _filled(folder, dense, record)
