@@ -151,12 +151,11 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
         if name in params:
             copier.reuse(node, placeholders_of[name])
             continue
-        copy = placeholders_of[name] = copier.placeholder(
-            node, ("c_" if kind == "constant" else "p_") + name.replace(".", "_")
-        )
-        of_placeholder[copy.name] = name
         if kind == "constant":
             constants[name] = exported.constants[spec.target or ""]
+        label = ("c_" if kind == "constant" else "p_") + name.replace(".", "_")
+        copy = placeholders_of[name] = copier.placeholder(node, label, constants.get(name))
+        of_placeholder[copy.name] = name
         aliases = tuple(other for other, first in names.items() if first == name and other != name)
         persistent = spec.persistent is not False
         params[name] = Param(name, kind, copier.types[copy.name][0], aliases, persistent)

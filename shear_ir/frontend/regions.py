@@ -3,15 +3,17 @@
 ``wrap_with_set_grad_enabled`` and ``wrap_with_autocast`` call a subgraph; here its operators are copied in line, so
 that every later pass sees one flat graph. What a no-grad region returns is detached, which is the same function and
 the same gradient. A region of any other kind stays a call, and the analysis treats it as a barrier.
+Entries picked by constant consecutive numbers, as in ``qkv[:, :, [-2]]``, are copied as the slice that they are.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from shear_ir.program import TensorType
 from shear_ir.verifier import types_of
@@ -19,6 +21,9 @@ from shear_ir.verifier import types_of
 # Checks that the exporter leaves behind; shapes are checked by the verifier, and pruning changes some of them.
 _GUARDS = {"aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::sym_constrain_range",
            "aten::sym_constrain_range_for_size"}  # fmt: skip
+
+
+_AS_IS = {torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default}
 
 
 class GraphCopier:
@@ -30,10 +35,13 @@ class GraphCopier:
         self.graph = fx.Graph()
         self.types: dict[str, tuple[TensorType, ...]] = {}
         self._env: dict[fx.Node, Any] = {}
+        self._constants: dict[fx.Node, Tensor] = {}
 
-    def placeholder(self, node: fx.Node, name: str) -> fx.Node:
-        """Copy an input under a name of its own."""
+    def placeholder(self, node: fx.Node, name: str, constant: Tensor | None = None) -> fx.Node:
+        """Copy an input under a name of its own; ``constant``: its value, for one that never changes."""
         copy = self.graph.placeholder(name)
+        if constant is not None:
+            self._constants[copy] = constant
         self._keep(node, copy)
         return copy
 
@@ -81,8 +89,25 @@ class GraphCopier:
             if any(isinstance(a, fx.GraphModule) for a in args):
                 args = tuple(f"<region {name}>" if isinstance(a, fx.GraphModule) else a for a in args)
             kwargs = fx.map_arg(node.kwargs, self._env.__getitem__)
-            copy = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]  # fx's own type
+            target, args = self._sliced(node.target, args)
+            copy = self.graph.call_function(target, args, kwargs)
             self._keep(node, copy)
+            if target in _AS_IS and args[0] in self._constants:
+                self._constants[copy] = self._constants[args[0]]
+
+    def _sliced(self, target: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """The same call, or a slice where the entries of one dim are picked by constant consecutive numbers."""
+        if target is not torch.ops.aten.index.Tensor:
+            return target, args
+        picked = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
+        constant = self._constants.get(picked[0][1]) if len(picked) == 1 else None
+        if constant is None or constant.dim() != 1 or constant.dtype != torch.int64 or not constant.numel():
+            return target, args
+        numbers = constant.tolist()
+        start, end = numbers[0], numbers[-1] + 1
+        if numbers != list(range(start, end)) or start < 0 < end:
+            return target, args
+        return torch.ops.aten.slice.Tensor, (args[0], picked[0][0], start, end or sys.maxsize)
 
     def _results(self, results: Any, detach: bool) -> Any:
         if not detach:
