@@ -15,7 +15,7 @@ OpKind = Literal["attention", "product", "add", "mul", "norm", "barrier", "input
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors of one box that have the same dims. ``names``: as the module calls them; ``tied``: first name, if other."""
+    """Tensors of one box that have the same dims. ``names``: as the module calls them; ``tied``: their first name."""
 
     names: tuple[str, ...]
     params: tuple[Param, ...]
@@ -37,6 +37,10 @@ class Box:
     def owned(self) -> bool:
         """Whether the box holds parameters, not only buffers."""
         return any(p.kind == "parameter" for row in self.rows for p in row.params)
+
+    def within(self, module: str) -> bool:
+        """Whether the tensors are the module's own, not those of a module inside of it."""
+        return module == self.path or (module == self.module and self.klass == "parameter")
 
     @property
     def numel(self) -> int:
@@ -60,12 +64,16 @@ Item = Box | Op
 
 @dataclass(frozen=True)
 class Line:
-    """Data flows from one item to another. ``group``: the first prunable one whose axis it carries; ``dims``: as text."""
+    """Data flows from one item to another. ``group``: the first prunable one whose axis it carries; ``dims``: as text.
+
+    ``hidden``: not drawn, for it does not carry the group in focus, but it keeps things in their order.
+    """
 
     tail: str
     head: str
     group: Group | None
     dims: str
+    hidden: bool = False
 
 
 @dataclass

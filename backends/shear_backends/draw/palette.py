@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from shear_passes.analysis.find_groups import Group, Groups
+from shear_passes.analysis.find_groups import Group
 from shear_passes.analysis.roles import Kind
 
 HUES: Mapping[Kind, str] = {
@@ -22,7 +22,7 @@ HUES: Mapping[Kind, str] = {
 }
 """Okabe and Ito's palette, filled up from Paul Tol's; red is left to what goes wrong and to what goes."""
 
-FROZEN = "#e4e4e4"
+FROZEN = "#dfdfdf"
 FROZEN_INK = "#5a5a5a"
 DIMMED = "#f6f6f6"
 RED = "#c8102e"
@@ -34,9 +34,12 @@ _SHADES = (0.0, 0.3, 0.55)
 
 
 class Palette:
-    """The colour of each group: grey when frozen, else its kind's hue in the shade of its place among its kind."""
+    """The colour of each group: grey when frozen, else its kind's hue in the shade of its place among its kind.
 
-    def __init__(self, groups: Groups) -> None:
+    Groups that are not given are out of focus: nearly white.
+    """
+
+    def __init__(self, groups: Iterable[Group]) -> None:
         self._fill: dict[str, str] = {}
         places: dict[Kind, int] = {}
         for group in groups:
@@ -48,7 +51,7 @@ class Palette:
 
     def fill(self, group: Group) -> str:
         """The background of the group's cells."""
-        return self._fill[group.name]
+        return self._fill.get(group.name, DIMMED)
 
     def line(self, group: Group) -> str:
         """The colour of a line that carries the group's axis: its hue, dark enough for white paper."""
