@@ -56,8 +56,8 @@ def infer_config(
     refused = _objection(found)
     if refused:
         return Inference(None, changes, refused)
-    if norms:
-        _scale_eps(found, norms)
+    if norms and not _scale_eps(model, found, norms):
+        return Inference(None, changes)
     return Inference(found, changes)
 
 
@@ -266,25 +266,35 @@ class _Search:
         return config
 
 
-def _fields(config: Any, prefix: Field = ()) -> Iterator[tuple[Field, Any]]:
+def _fields(config: Any, prefix: Field = (), of: tuple[type, ...] = (int, type(None))) -> Iterator[tuple[Field, Any]]:
     """The integer and unset fields of a config, of its sub-configs and of its lists (``ffn_dims=[64, 48]``)."""
     for name, value in vars(config).items():
         if name.startswith("_"):
             continue
         if hasattr(value, "to_dict"):
-            yield from _fields(value, (*prefix, name))
+            yield from _fields(value, (*prefix, name), of)
         elif isinstance(value, list):
             yield from (((*prefix, name, place), entry) for place, entry in enumerate(value) if type(entry) is int)
-        elif value is None or type(value) is int:
+        elif type(value) in of:
             yield (*prefix, name), value
 
 
-def _scale_eps(config: Any, norms: tuple[NormFix, ...]) -> None:
-    eps = {fix.eps for fix in norms}
-    factors = {fix.factor for fix in norms}
+def _scale_eps(model: nn.Module, config: Any, norms: tuple[NormFix, ...]) -> bool:
+    """Scale the eps of ``config`` as the norms ask; False where that would change modules that are no such norms."""
+    scaled = {fix.module: fix for fix in norms}
+    factors = {(fix.eps, fix.factor) for fix in norms}
     if len(factors) != 1:
-        return
-    for name, value in list(vars(config).items()):
-        if isinstance(value, float) and value in eps:
-            setattr(config, name, value * factors.pop())
-            return
+        return False
+    eps, factor = factors.pop()
+    for path, value in _fields(config, of=(float,)):
+        if value == eps:
+            _set(config, path, value * factor)
+    with torch.device("meta"):
+        fresh = dict(type(model)(copy.deepcopy(config)).named_modules())
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value == eps:
+                wanted = value * factor if path in scaled else value
+                if path not in fresh or getattr(fresh[path], name, None) != wanted:
+                    return False
+    return True
