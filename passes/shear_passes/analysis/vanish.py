@@ -22,6 +22,14 @@ from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
+
+_POLES = {
+    **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder"), (1,)),
+    **dict.fromkeys(("reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow"), (0,)),
+    "addcdiv": (2,),
+}
+"""Operators that are infinite or undefined where one of their arguments is zero, and the place of that argument."""
+
 _NOTHING: Atoms = frozenset()
 
 
@@ -64,6 +72,7 @@ class _Walk:
             if node.op == "output":
                 continue
             self.zero[node.name] = _NOTHING if node.name in self.mutated else self._of(node)
+            self._check_poles(node)
             for contraction in self.by_call.get(node.name, ()):
                 contracted.update(a for dim in contraction.over for a in atoms(dim))
                 self._check(contraction)
@@ -128,11 +137,7 @@ class _Walk:
             return _NOTHING
         if op_name(node).startswith("aten.pow") and not _positive(node.args[1]):
             return _NOTHING
-        others = [n for n in node.all_input_nodes if n is not first]
-        # A divisor that is zero there would make the quotient NaN.
-        tainted = frozenset[Axis]().union(*(self.zero.get(n.name, _NOTHING) for n in others))
-        divides = op_name(node).startswith(("aten.div", "aten.floor_divide", "aten.fmod"))
-        return frozenset(a for a in self._aligned(first, out) if not (divides and a in tainted))
+        return self._aligned(first, out)
 
     def _all(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
         if any(isinstance(a, int | float) and a != 0 for a in node.args):
@@ -154,6 +159,20 @@ class _Walk:
                     freeze(atom, f"summed over where removed entries need not be zero at {where}")
                 elif contraction.mean:
                     freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM)
+
+    def _check_poles(self, node: fx.Node) -> None:
+        """A removed entry that is zero may not be divided by: no factor of zero makes infinity zero again."""
+        for place in _POLES.get(_base_name(node), ()):
+            operand = node.args[place]
+            if not isinstance(operand, fx.Node) or (_base_name(node) == "pow" and _positive(node.args[1])):
+                continue
+            for atom in self.zero.get(operand.name, _NOTHING):
+                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}")
+
+
+def _base_name(node: fx.Node) -> str:
+    """The operator without its library, its overload and the underscore of those that write in place."""
+    return [*op_name(node).split("."), ""][1].removesuffix("_")
 
 
 def _positive(exponent: Any) -> bool:
