@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shear_ir.axes import Dim, Dims, axis, product
+from shear_passes.rules.pointwise import broadcast
 from shear_passes.rules.registry import Results, Site, Vanish, resize, rule
 from shear_passes.rules.resizing import Change
 
@@ -101,8 +102,10 @@ def pool(site: Site, x: Dims, kernel: Sequence[int] | int, *_: Any, **__: Any) -
     aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
     aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default, aten.upsample_bilinear2d.vec,
     aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.vec, aten.upsample_bicubic2d.default,
-    aten.upsample_nearest1d.vec, aten.upsample_linear1d.vec, aten._upsample_bilinear2d_aa.vec,
-    aten._upsample_bicubic2d_aa.vec, vanish=Vanish.FIRST,
+    aten.upsample_nearest1d.vec, aten.upsample_nearest3d.vec, aten.upsample_linear1d.vec,
+    aten.upsample_trilinear3d.vec, aten._upsample_nearest_exact1d.vec, aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact3d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+    vanish=Vanish.FIRST,
 )  # fmt: skip
 def resample(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """Other positions for each channel on its own."""
@@ -110,10 +113,13 @@ def resample(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     return _positions(site, x, int(name[-2]))
 
 
-@rule(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default)
-def pool_with_indices(site: Site, x: Dims, size: Any) -> Results:
+@rule(
+    aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.max_pool1d_with_indices.default,
+    aten.max_pool2d_with_indices.default,
+)  # fmt: skip
+def pool_with_indices(site: Site, x: Dims, *_: Any, **__: Any) -> Results:
     """The largest entry of each window and where it stands."""
-    name = site.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    name = site.node.target.overloadpacket.__name__.removesuffix("_with_indices")  # type: ignore[union-attr]
     out = _positions(site, x, int(name[-2]))
     return [out, out]
 
@@ -134,3 +140,47 @@ def pixel_shuffle(site: Site, x: Dims, factor: int) -> Dims:
     positions = site.fresh(site.shape[-2:])
     site.freeze((*x[-2:], *positions), "channels become positions")
     return (*x[:-3], channels, *positions)
+
+
+@rule(aten.pixel_unshuffle.default, vanish=Vanish.MOVED)
+def pixel_unshuffle(site: Site, x: Dims, factor: int) -> Dims:
+    """Positions become channels ``c x factor x factor``."""
+    block = axis(factor**2)
+    positions = site.fresh(site.shape[-2:])
+    site.freeze((block, *x[-2:], *positions), "positions become channels")
+    return (*x[:-3], product((x[-3], block)), *positions)
+
+
+@rule(aten.channel_shuffle.default, vanish=Vanish.MOVED)
+def channel_shuffle(site: Site, x: Dims, groups: int) -> Dims:
+    """Channels ``groups x inner`` become ``inner x groups``; the number of groups stays as it is written."""
+    group, inner = axis(groups), axis(x[1].size // groups)
+    site.freeze([group], "the number of groups is written in the call")
+    site.equate(x[1], product((group, inner)))
+    return (x[0], product((inner, group)), *x[2:])
+
+
+@rule(aten.im2col.default, vanish=Vanish.MOVED)
+def im2col(site: Site, x: Dims, kernel: Sequence[int], *_: Any) -> Dims:
+    """Windows of positions: channels x places in the window, by windows."""
+    inside, windows = axis(kernel[0] * kernel[1]), axis(site.shape[-1])
+    site.freeze((inside, windows, *x[-2:]), "windows of positions")
+    return (*x[:-3], product((x[-3], inside)), windows)
+
+
+@rule(aten.col2im.default)
+def col2im(site: Site, x: Dims, size: Any, kernel: Sequence[int], *_: Any) -> Dims:
+    """The other way round: what windows say of a position is added up."""
+    channels, inside = axis(site.shape[-3]), axis(kernel[0] * kernel[1])
+    positions = site.fresh(site.shape[-2:])
+    site.freeze((inside, x[-1], *positions), "windows of positions")
+    site.equate(x[-2], product((channels, inside)))
+    return (*x[:-2], channels, *positions)
+
+
+@rule(aten.grid_sampler.default, vanish=Vanish.FIRST)
+def grid_sampler(site: Site, x: Dims, grid: Dims, *_: Any) -> Dims:
+    """Each channel read at positions that another tensor gives."""
+    site.freeze((*x[2:], grid[-1]), "positions are chosen by value")
+    lead = broadcast(site, [x[:1], grid[:1]])
+    return (*lead, x[1], *grid[1:-1])

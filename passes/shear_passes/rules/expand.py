@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from shear_ir.axes import Dims, axis, product
+from shear_ir.axes import ONE, Dim, Dims, axis, product
+from shear_passes.rules.pointwise import broadcast
 from shear_passes.rules.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.rules.resizing import Change
 
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 def expand(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """A dim of size 1, or one that was not there, becomes a fresh axis of copies."""
     new = len(site.shape) - len(x)
-    out = [axis(size) for size in site.shape]
+    out: list[Dim] = [axis(size) for size in site.shape]
     for place, dim in enumerate(x, start=new):
         if dim.size == site.shape[place]:
             out[place] = dim
@@ -29,6 +30,28 @@ def expand(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
 def resize_expand(change: Change) -> None:
     """Sizes follow the dims of the result."""
     change.sizes(1)
+
+
+@rule(aten.expand_as.default, vanish=Vanish.MOVED)
+def expand_as(site: Site, x: Dims, other: Dims) -> Dims:
+    """The copies are counted by the dims of another tensor."""
+    return broadcast(site, [other, x])
+
+
+@rule(aten.broadcast_tensors.default)
+def broadcast_tensors(site: Site, tensors: Sequence[Dims]) -> Results:
+    """Each tensor with the dims of all of them."""
+    out = broadcast(site, tensors)
+    return [out for _ in tensors]
+
+
+@rule(aten.meshgrid.default, aten.meshgrid.indexing)
+def meshgrid(site: Site, tensors: Sequence[Dims], *_: Any, indexing: str = "ij") -> Results:
+    """Tensor i varies along dim i, and along the other one of the first two with ``indexing="xy"``."""
+    out = [t[0] if t else ONE for t in tensors]
+    if indexing == "xy":
+        out[:2] = reversed(out[:2])
+    return [tuple(out) for _ in tensors]
 
 
 @rule(aten.repeat.default, aten.tile.default, vanish=Vanish.MOVED)

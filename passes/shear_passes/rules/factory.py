@@ -68,9 +68,19 @@ def scalar(site: Site, *_: Any, **__: Any) -> Dims:
     return ()
 
 
-@rule(aten.rand.default, aten.randn.default, aten.eye.default, aten.eye.m, aten.randint.default, aten.randint.low)
+@rule(
+    aten.rand.default, aten.randn.default, aten.eye.default, aten.eye.m, aten.randint.default, aten.randint.low,
+    aten.randperm.default, aten.tril_indices.default, aten.triu_indices.default,
+)  # fmt: skip
 def other(site: Site, *_: Any, **__: Any) -> Dims:
     """Random numbers and identity matrices depend on both indices."""
     out = site.fresh()
     site.freeze(out, "entries that depend on the whole shape")
     return out
+
+
+@rule(aten.rand_like.default, aten.randn_like.default, aten.bernoulli.default, aten.bernoulli.p)
+def random_like(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
+    """Random numbers are drawn one after the other: which one an index gets depends on all before it."""
+    site.freeze(x, "random numbers are drawn in order")
+    return x

@@ -97,9 +97,28 @@ def index_put(site: Site, x: Dims, indices: Sequence[Dims | None], values: Dims,
     if len(used) != 1 or len(used[0]) != 1 or indices[0] is None:
         site.freeze((*x, *values), _CHOSEN)
         return x
-    for mine, other in zip(reversed(x[1:]), reversed(values), strict=False):
-        if other.size == mine.size:
-            site.equate(mine, other)
+    broadcast(site, [(*used[0], *x[1:]), values])
+    site.freeze(used[0], "entries are written one by one")
+    return x
+
+
+@rule(
+    aten.index_add.default, aten.index_add_.default, aten.index_copy.default, aten.index_copy_.default,
+    aten.index_reduce.default,
+)  # fmt: skip
+def index_add(site: Site, x: Dims, dim: int, index: Dims, source: Dims, *_: Any, **__: Any) -> Dims:
+    """``x[..., index[i], ...] += source[..., i, ...]``, or ``=``: the other dims are walked together."""
+    place = wrap(dim, len(x))
+    site.freeze((x[place], *index), _CHOSEN)
+    for at, (mine, other) in enumerate(zip(x, source, strict=True)):
+        site.equate(index[0] if at == place and index else mine, other)
+    return x
+
+
+@rule(aten.index_fill.int_Scalar, aten.index_fill_.int_Scalar, aten.index_fill.int_Tensor, aten.index_fill_.int_Tensor)
+def index_fill(site: Site, x: Dims, dim: int, index: Dims, *_: Any) -> Dims:
+    """``x[..., index[i], ...] = value``."""
+    site.freeze((x[dim], *index), _CHOSEN)
     return x
 
 

@@ -8,7 +8,7 @@ import torch
 
 from shear_ir.axes import Dim, Dims
 from shear_passes.rules.pointwise import broadcast
-from shear_passes.rules.registry import Results, Site, rule
+from shear_passes.rules.registry import Results, Site, rule, wrap
 
 aten = torch.ops.aten
 
@@ -39,6 +39,39 @@ def addmm(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
     """``y = added + a @ b``, with the addend broadcast."""
     out = _product(site, (1, a), (2, b), added=[0])
     return broadcast(site, [out, added])
+
+
+@rule(aten.addmv.default)
+def addmv(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
+    """``y[m] = added[m] + sum_k a[m, k] * b[k]``."""
+    return broadcast(site, [_product(site, (1, a), (2, b), added=[0]), added])
+
+
+@rule(aten.outer.default, aten.ger.default)
+def outer(site: Site, a: Dims, b: Dims) -> Dims:
+    """``y[m, n] = a[m] * b[n]``."""
+    site.contract([], [(0, a), (1, b)])
+    return (a[0], b[0])
+
+
+@rule(aten.inner.default)
+def inner(site: Site, a: Dims, b: Dims) -> Dims:
+    """``y[..., m] = sum_k a[..., k] * b[m, k]``: both last dims are summed over."""
+    site.equate(a[-1], b[-1])
+    site.contract([a[-1]], [(0, a[:-1]), (1, b[:-1])])
+    return (*a[:-1], *b[:-1])
+
+
+@rule(aten.tensordot.default)
+def tensordot(site: Site, a: Dims, b: Dims, dims_a: list[int], dims_b: list[int]) -> Dims:
+    """The dims of one list are summed over with those of the other; what is left stands side by side."""
+    over_a, over_b = [wrap(d, len(a)) for d in dims_a], [wrap(d, len(b)) for d in dims_b]
+    for place_a, place_b in zip(over_a, over_b, strict=True):
+        site.equate(a[place_a], b[place_b])
+    free_a = [d for place, d in enumerate(a) if place not in over_a]
+    free_b = [d for place, d in enumerate(b) if place not in over_b]
+    site.contract([a[place] for place in over_a], [(0, free_a), (1, free_b)])
+    return (*free_a, *free_b)
 
 
 def _product(site: Site, left: tuple[int, Dims], right: tuple[int, Dims], added: list[int] | None = None) -> Dims:

@@ -52,10 +52,9 @@ def resize_rms_norm(change: Change) -> None:
         change.after(aten.mul.Tensor, math.sqrt(factor))
 
 
-@rule(aten.group_norm.default, vanish=Vanish.FIRST)
+@rule(aten.group_norm.default)
 def group_norm(site: Site, x: Dims, groups: int, weight: Dims | None = None, bias: Dims | None = None, *_: Any) -> Dims:
     """Centres and scales over the channels of each group: a whole group can go, a channel of it cannot."""
-    site.vanish = Vanish.NEVER if bias is None else Vanish.FIRST
     inner = axis(x[1].size // groups)
     site.freeze([inner], "group normalisation runs over the channels of a group")
     site.freeze(x[2:], "group normalisation runs over the positions")
@@ -63,6 +62,7 @@ def group_norm(site: Site, x: Dims, groups: int, weight: Dims | None = None, bia
     for tensor in (weight, bias):
         if tensor is not None:
             site.equate(x[1], tensor[0])
+    site.contract([], [(0, x), (2, x[1:2])], added=[3])
     return x
 
 
@@ -80,6 +80,8 @@ def batch_norm(site: Site, x: Dims, *tensors: Any, **_: Any) -> Dims | Results:
     for tensor in tensors[:4]:
         if tensor is not None and not isinstance(tensor, bool):
             site.equate(x[1], tensor[0])
+    if tensors[2] is None or site.node.target is aten.instance_norm.default:
+        site.freeze((x[0], *x[2:]), "statistics are taken over the axis")
     if isinstance(tensors[0], tuple) and isinstance(tensors[1], tuple):
         # Weight and bias of a removed channel are zero in the masked model, and so is the result.
         site.contract([], [(1, [x[1]])], added=[2])

@@ -7,26 +7,33 @@ from typing import Any
 
 import torch
 
-from shear_ir.axes import ONE, Dim, Dims
-from shear_passes.rules.registry import Entry, Site, Vanish
+from shear_ir.axes import ONE, Dim, Dims, axis, concat
+from shear_passes.rules.registry import Entry, Site, Vanish, rule, wrap
 
-_PRODUCTS = {"mul", "mul_", "multiply", "__and__", "bitwise_and", "logical_and"}
-_SUMS = {"add", "add_", "sub", "sub_", "rsub", "__or__", "bitwise_or", "logical_or", "maximum", "minimum"}
-_FIRST = {"div", "div_", "divide", "pow", "fmod", "where", "ldexp", "floor_divide"}
+aten = torch.ops.aten
+
+# Operators by name, without the underscore of those that write in place.
+_PRODUCTS = {"mul", "multiply", "__and__", "__iand__", "bitwise_and", "logical_and"}
+_SUMS = {
+    "add", "sub", "subtract", "rsub", "__or__", "__ior__", "bitwise_or", "logical_or", "maximum", "minimum", "fmax",
+    "fmin", "complex",
+}  # fmt: skip
+_FIRST = {"div", "divide", "true_divide", "pow", "fmod", "remainder", "ldexp", "floor_divide"}
 _ZERO_TO_ZERO = {
-    "abs", "alias", "asin", "asinh", "atan", "ceil", "clone", "copy", "detach", "elu", "erf", "expm1", "floor",
-    "gelu", "gelu_", "hardswish", "leaky_relu", "log1p", "mish", "neg", "neg_", "prelu", "relu", "relu6",
-    "relu_", "round", "sgn", "sign", "silu", "silu_", "sin", "sinh", "softsign", "sqrt", "square", "tan", "tanh",
-    "to", "trunc", "_to_copy",
+    "abs", "absolute", "asin", "asinh", "atan", "atanh", "ceil", "celu", "clone", "elu", "erf", "expm1", "floor",
+    "frac", "gelu", "hardshrink", "hardswish", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "negative",
+    "positive", "relu", "relu6", "round", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "softsign",
+    "sqrt", "square", "tan", "tanh", "trunc",
 }  # fmt: skip
 
 
 _UNTAGGED = {
-    "__and__", "__or__", "__xor__", "__lshift__", "__rshift__", "where", "masked_fill", "masked_fill_", "type_as",
-    "multiply", "subtract", "divide", "true_divide", "negative", "absolute", "square", "clip", "relu6", "selu",
+    "__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__", "where",
+    "masked_fill", "multiply", "subtract", "divide", "true_divide", "negative", "absolute", "square", "relu6", "selu",
     "rsub", "maximum", "minimum", "fmod", "remainder", "floor_divide", "logical_and", "logical_or", "isnan", "isinf",
-    "isfinite", "nan_to_num", "softplus", "hardtanh", "clamp", "clamp_", "float_power", "ldexp", "greater",
-    "less", "not_equal", "greater_equal", "less_equal", "log_sigmoid", "prelu", "rrelu", "celu", "silu",
+    "isfinite", "nan_to_num", "softplus", "hardswish", "float_power", "ldexp", "greater", "less", "not_equal",
+    "greater_equal", "less_equal", "log_sigmoid", "rrelu", "celu", "silu", "abs", "mish", "threshold", "polar",
+    "complex",
 }  # fmt: skip
 """Elementwise by their definition, though the composite ops among them carry no tag."""
 
@@ -67,12 +74,41 @@ def pointwise_entry(op: Any) -> Entry | None:
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
     name = op.overloadpacket.__name__
+    name = name if name.endswith("__") else name.removesuffix("_")
     if torch.Tag.pointwise not in op.tags and name not in _UNTAGGED:
         return None
     if name in _PRODUCTS:
         return Entry(pointwise, Vanish.ANY)
     if name in _SUMS:
         return Entry(pointwise, Vanish.ALL)
-    if name in _FIRST:
-        return Entry(pointwise, Vanish.FIRST if name != "where" else Vanish.NEVER)
-    return Entry(pointwise, Vanish.FIRST if name in _ZERO_TO_ZERO else Vanish.NEVER)
+    return Entry(pointwise, Vanish.FIRST if name in _FIRST | _ZERO_TO_ZERO else Vanish.NEVER)
+
+
+@rule(
+    aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clamp_min.default, aten.clamp_min_.default,
+    aten.hardtanh.default, aten.hardtanh_.default,
+)  # fmt: skip
+def clamp(site: Site, x: Dims, low: Any = None, high: Any = None) -> Dims:
+    """``y[i] = min(max(x[i], low), high)``: zero stays zero when it lies between the bounds."""
+    if site.node.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        low, high = -1 if low is None else low, 1 if high is None else high
+    numbers = all(isinstance(bound, int | float | None) for bound in (low, high))
+    site.vanish = Vanish.FIRST if numbers and (low or 0) <= 0 <= (high or 0) else Vanish.NEVER
+    return x
+
+
+@rule(aten.prelu.default, vanish=Vanish.FIRST)
+def prelu(site: Site, x: Dims, slope: Dims) -> Dims:
+    """``y = x`` where positive, ``slope * x`` elsewhere: one slope, or one for each index of dim 1."""
+    if slope and slope[0].size > 1:
+        site.equate(x[1], slope[0])
+    return x
+
+
+@rule(aten.glu.default, vanish=Vanish.FIRST)
+def glu(site: Site, x: Dims, dim: int = -1) -> Dims:
+    """``y = a * sigmoid(b)`` for the halves a and b of a dim: they lose the same indices."""
+    place = wrap(dim, len(x))
+    half = axis(site.shape[place])
+    site.equate(x[place], concat([half, half]))
+    return (*x[:place], half, *x[place + 1 :])

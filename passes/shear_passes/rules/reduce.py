@@ -30,7 +30,10 @@ def _rest(x: Dims, places: Sequence[int], keepdim: bool) -> Dims:
     return tuple(out)
 
 
-@rule(aten.sum.default, aten.sum.dim_IntList)
+@rule(
+    aten.sum.default, aten.sum.dim_IntList, aten.nansum.default, aten.count_nonzero.default,
+    aten.count_nonzero.dim_IntList,
+)  # fmt: skip
 def total(site: Site, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any) -> Dims:
     """``y = sum over dims``: exact over kept indices when the removed ones were zero."""
     places = _places(x, dims)
@@ -39,13 +42,15 @@ def total(site: Site, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any
     return rest
 
 
-@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar)
+@rule(aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.norm.Scalar, aten.linalg_norm.default)
 def vector_norm(
     site: Site, x: Dims, order: Any = 2, dims: Any = None, keepdim: bool = False, *_: Any, **__: Any
 ) -> Dims:
     """``y = (sum |x|^p)^(1/p)``, with p finite and positive; other orders hold the axis."""
     places = _places(x, dims)
     rest = _rest(x, places, keepdim)
+    if site.node.target is aten.linalg_norm.default:
+        order = 2 if order is None else order if len(places) == 1 else "that of a matrix"
     if isinstance(order, int | float) and 0 < order < float("inf"):
         site.contract([x[p] for p in places], [(0, rest)])
     else:
@@ -95,12 +100,19 @@ def whole(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False, **
     return _rest(x, places, keepdim)
 
 
-@rule(aten.max.dim, aten.min.dim)
-def extreme_and_place(site: Site, x: Dims, dim: int, keepdim: bool = False) -> Results:
+@rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.mode.default)
+def extreme_and_place(site: Site, x: Dims, dim: int = -1, keepdim: bool = False) -> Results:
     """The largest entry and its number."""
     site.freeze([x[dim]], "an extreme is taken over the axis")
     rest = _rest(x, _places(x, dim), keepdim)
     return [rest, rest]
+
+
+@rule(aten.aminmax.default)
+def both_extremes(site: Site, x: Dims, *, dim: int | None = None, keepdim: bool = False) -> Results:
+    """The smallest and the largest entry."""
+    out = extreme(site, x, dim, keepdim)
+    return [out, out]
 
 
 @rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim)
@@ -111,10 +123,12 @@ def variance(site: Site, x: Dims, dims: Any = None, *rest: Any, correction: Any 
     return _rest(x, places, keepdim or len(site.shape) == len(x))
 
 
-@rule(aten.var_mean.correction)
-def variance_and_mean(site: Site, x: Dims, dims: Any = None, *, correction: Any = 1, keepdim: bool = False) -> Results:
+@rule(aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim)
+def variance_and_mean(site: Site, x: Dims, dims: Any = None, *_: Any, **__: Any) -> Results:
     """Spread and mean together."""
-    out = variance(site, x, dims, keepdim=keepdim)
+    places = _places(x, dims)
+    site.freeze([x[p] for p in places], "a variance runs over the axis")
+    out = _rest(x, places, len(site.shapes[0]) == len(x))
     return [out, out]
 
 
@@ -123,6 +137,13 @@ def running(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
     """Entry i depends on all before it."""
     site.freeze([x[dim]], "a running total along the axis")
     return x
+
+
+@rule(aten.cummax.default, aten.cummin.default)
+def running_extreme(site: Site, x: Dims, dim: int) -> Results:
+    """The largest entry so far and its number."""
+    site.freeze([x[dim]], "a running extreme along the axis")
+    return [x, x]
 
 
 @rule(aten.diff.default)

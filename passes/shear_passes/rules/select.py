@@ -25,7 +25,7 @@ def slice_(site: Site, x: Dims, dim: int = 0, start: Any = None, end: Any = None
         step = 1
     if not isinstance(start, int | None) or not isinstance(step, int):
         return _frozen_part(site, x, place, "a slice that starts where the input says")
-    first = wrap(start or 0, whole.size)
+    first = _start(start, whole.size)
     part = _part(whole, first, size) if step == 1 else _stride(site, whole, first, size, step)
     if part is None:
         return _frozen_part(site, x, place, "a slice across the structure of the axis")
@@ -37,6 +37,11 @@ def _part(whole: Dim, start: int, size: int) -> Dim | None:
     tail = split(whole, start)
     parts = None if tail is None else split(tail[1], size)
     return None if parts is None else parts[0]
+
+
+def _start(start: int | None, size: int) -> int:
+    """Where a slice starts, counted from the front; beyond either end it starts at that end."""
+    return min(max(wrap(start or 0, size), 0), size)
 
 
 def _stride(site: Site, whole: Dim, start: int, size: int, step: int) -> Dim | None:
@@ -63,7 +68,7 @@ def resize_slice(change: Change) -> None:
     step = args[4] if len(args) > 4 else 1
     if not change.changed(whole) or whole.size == out.size or step != 1:
         return
-    start = wrap((args[2] if len(args) > 2 else 0) or 0, whole.size)  # type: ignore[arg-type]
+    start = _start(args[2] if len(args) > 2 else 0, whole.size)  # type: ignore[arg-type]
     before = split(whole, start)
     assert before is not None
     first = change.size(before[0])
@@ -76,7 +81,8 @@ def resize_narrow(change: Change) -> None:
     """As for slice, with a length in place of an end."""
     _, dim, start, _ = change.node.args
     place = wrap(dim, len(change.out))  # type: ignore[arg-type]
-    before = split(change.dims(0)[place], start)  # type: ignore[arg-type]
+    whole = change.dims(0)[place]
+    before = split(whole, _start(start, whole.size))  # type: ignore[arg-type]
     assert before is not None
     change.set(2, change.size(before[0]))
     change.set(3, change.size(change.out[place]))
@@ -106,7 +112,8 @@ def resize_select(change: Change) -> None:
 
 @rule(
     aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default,
-    aten.tensor_split.sections, aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
+    aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
     vanish=Vanish.MOVED,
 )  # fmt: skip
 def chunk(site: Site, x: Dims, _: Any, dim: int = 0) -> Results:
@@ -119,7 +126,8 @@ def chunk(site: Site, x: Dims, _: Any, dim: int = 0) -> Results:
 
 @resize(
     aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default,
-    aten.tensor_split.sections, aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
+    aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
+    aten.unsafe_split_with_sizes.default,
 )  # fmt: skip
 def resize_chunk(change: Change) -> None:
     """Parts may end up of unlike sizes, so every way to split becomes a split by sizes."""
@@ -141,7 +149,7 @@ def unbind(site: Site, x: Dims, dim: int = 0) -> Results:
 @rule(aten.cat.default, aten.concat.default, vanish=Vanish.MOVED)
 def cat(site: Site, tensors: Sequence[Dims], dim: int = 0) -> Dims:
     """Dims laid end to end along ``dim``, all other dims equal."""
-    full = [t for t in tensors if not (len(t) == 1 and t[0].size == 0)]
+    full = [t for t in tensors if not (len(t) == 1 and t[0].size == 0)] or list(tensors)
     place = wrap(dim, len(full[0]))
     for other in full[1:]:
         for at, (a, b) in enumerate(zip(full[0], other, strict=True)):
@@ -181,6 +189,28 @@ def pad(site: Site, x: Dims, amounts: Sequence[Any], *rest: Any, **_: Any) -> Di
             out[place] = axis(site.shape[place])
             site.freeze([x[place], out[place]], "padding by the tensor's own values")
     return tuple(out)
+
+
+@rule(aten.slice_scatter.default, aten.select_scatter.default)
+def scatter_part(site: Site, x: Dims, source: Dims, dim: int = 0, *_: Any) -> Dims:
+    """``x`` with a part of one dim taken from ``source``: the other dims are walked together."""
+    place = wrap(dim, len(x))
+    rest = (*x[:place], *x[place + 1 :])
+    sliced = len(source) == len(x)
+    others = (*source[:place], *source[place + 1 :]) if sliced else source
+    for mine, other in zip(rest, others, strict=True):
+        site.equate(mine, other)
+    site.freeze([x[place], *(source[place : place + 1] if sliced else ())], "a part of the axis is replaced")
+    return x
+
+
+@rule(aten.unfold.default)
+def unfold(site: Site, x: Dims, dim: int, size: int, step: int) -> Dims:
+    """Windows along a dim, laid out in a new last one."""
+    place = wrap(dim, len(x))
+    windows, inside = axis(site.shape[place]), axis(size)
+    site.freeze([x[place], windows, inside], "windows run along the axis")
+    return (*x[:place], windows, *x[place + 1 :], inside)
 
 
 @rule(aten.roll.default, vanish=Vanish.MOVED)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from shear_ir.axes import ONE, Dims, product
+from shear_ir.axes import ONE, Dims, axis, concat, product
 from shear_passes.rules.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.rules.resizing import Change
 
@@ -16,8 +16,7 @@ aten = torch.ops.aten
 
 @rule(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten.view_as.default, aten.reshape_as.default,
-    vanish=Vanish.MOVED,
+    aten.unflatten.int, aten.ravel.default, vanish=Vanish.MOVED,
 )  # fmt: skip
 def view(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """Row-major order is kept, so the product of all dims before equals the product after."""
@@ -28,6 +27,13 @@ def view(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     out = site.fresh(after[same:])
     site.equate(product(x[same:]), product(out))
     return (*x[:same], *out)
+
+
+@rule(aten.view_as.default, aten.reshape_as.default, vanish=Vanish.MOVED)
+def view_as(site: Site, x: Dims, other: Dims) -> Dims:
+    """A view with the sizes of another tensor, and so with its dims."""
+    site.equate(product(x), product(other))
+    return tuple(other)
 
 
 @resize(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -43,7 +49,7 @@ def resize_unflatten(change: Change) -> None:
     change.sizes(2, first=start)
 
 
-@rule(aten.transpose.int, aten.swapaxes.default, vanish=Vanish.MOVED)
+@rule(aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, vanish=Vanish.MOVED)
 def transpose(site: Site, x: Dims, a: int, b: int) -> Dims:
     """Two dims change places."""
     dims = list(x)
@@ -51,10 +57,16 @@ def transpose(site: Site, x: Dims, a: int, b: int) -> Dims:
     return tuple(dims)
 
 
-@rule(aten.t.default, aten.numpy_T.default, aten.mT.default, vanish=Vanish.MOVED)
+@rule(aten.t.default, aten.mT.default, aten.mH.default, aten.adjoint.default, vanish=Vanish.MOVED)
 def transposed(site: Site, x: Dims) -> Dims:
     """The last two dims change places."""
     return (*x[:-2], *reversed(x[-2:]))
+
+
+@rule(aten.numpy_T.default, vanish=Vanish.MOVED)
+def reversed_dims(site: Site, x: Dims) -> Dims:
+    """All dims in reverse."""
+    return tuple(reversed(x))
 
 
 @rule(aten.permute.default, vanish=Vanish.MOVED)
@@ -63,7 +75,7 @@ def permute(site: Site, x: Dims, order: Sequence[int]) -> Dims:
     return tuple(x[place] for place in order)
 
 
-@rule(aten.movedim.int, aten.movedim.intlist, vanish=Vanish.MOVED)
+@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist, vanish=Vanish.MOVED)
 def movedim(site: Site, x: Dims, source: int | list[int], target: int | list[int]) -> Dims:
     """Some dims move, the others keep their order."""
     sources = [wrap(s, len(x)) for s in ([source] if isinstance(source, int) else source)]
@@ -92,7 +104,8 @@ def squeeze(site: Site, x: Dims, dim: int | Sequence[int] | None = None) -> Dims
     aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.detach_.default,
     aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout,
     aten.to.other, aten._to_copy.default, aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default,
-    aten.type_as.default, aten.alpha_dropout.default,
+    aten.type_as.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default, aten.resolve_conj.default,
+    aten.resolve_neg.default, aten.conj.default, aten._conj.default, aten.real.default, aten.imag.default,
     vanish=Vanish.MOVED,
 )  # fmt: skip
 def identity(site: Site, x: Dims, *_: Any, **__: Any) -> Dims | Results:
@@ -100,6 +113,28 @@ def identity(site: Site, x: Dims, *_: Any, **__: Any) -> Dims | Results:
     if tuple(d.size for d in x) != site.shape:
         return site.barrier("an identity that changes the shape")
     return x
+
+
+@rule(aten.view_as_complex.default, vanish=Vanish.MOVED)
+def view_as_complex(site: Site, x: Dims) -> Dims:
+    """Real and imaginary parts, side by side in the last dim, become one number."""
+    site.equate(x[-1], concat([ONE, ONE]))
+    return x[:-1]
+
+
+@rule(aten.view_as_real.default, vanish=Vanish.MOVED)
+def view_as_real(site: Site, x: Dims) -> Dims:
+    """One number becomes two, side by side in a new last dim."""
+    return (*x, concat([ONE, ONE]))
+
+
+@rule(aten.diagonal.default)
+def diagonal(site: Site, x: Dims, offset: int = 0, first: int = 0, second: int = 1) -> Dims:
+    """``y[..., i] = x[..., i, ..., i + offset, ...]``: rows and columns are compared by number."""
+    gone = {wrap(first, len(x)), wrap(second, len(x))}
+    entries = axis(site.shape[-1])
+    site.freeze([entries, *(x[place] for place in gone)], "rows and columns are compared by number")
+    return (*(d for place, d in enumerate(x) if place not in gone), entries)
 
 
 @rule(aten.copy_.default)
