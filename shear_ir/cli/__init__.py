@@ -1,0 +1,120 @@
+"""The command line, one file per command. Every failure is one sentence on stderr and an exit code.
+
+0: done. 1: verify found OUT unsound, or a fault of shear-ir. 2: bad input. 130, 143: SIGINT, SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from shear_ir.errors import ShearError
+
+DEBUG = "--debug"
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; no ``except Exception`` on the way up stops it, so that every folder is cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line on ``arguments`` (those of the process when None) and exit with its code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG in given
+    try:
+        with _interruptible(), _quiet(unless=debug):
+            code = _run([a for a in given if a != DEBUG], debug)
+    except Interrupted as stop:
+        print("interrupted", file=sys.stderr)
+        code = 128 + stop.number
+    raise SystemExit(code)
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        from shear_ir.cli.app import app
+
+        code = app(arguments or ["--help"], prog_name="shear-ir", standalone_mode=False)
+        sys.stdout.flush()
+        return (code or 0) if arguments else 2
+    except BrokenPipeError:
+        # The reader, such as head, has had enough: nothing more is written, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as failure:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        sentence, code = _told(failure)
+        print(f"error: {sentence}", file=sys.stderr)
+        return code
+
+
+def _told(failure: Exception) -> tuple[str, int]:
+    """What is wrong in one sentence, and the exit code."""
+    said = " ".join(str(failure).split())
+    if isinstance(failure, ShearError):
+        return said, 2
+    # Typer may bring its own click, so its errors are known by what they can do: these are about what was typed.
+    mistyped = getattr(failure, "format_message", None)
+    if mistyped is not None:
+        context = getattr(failure, "ctx", None)
+        command = context.command_path if context is not None else "shear-ir"
+        return f"{' '.join(mistyped().split()).rstrip('.')}; see {command} --help", 2
+    kind = type(failure).__name__ + (f" ({said})" if said else "")
+    return f"shear-ir failed with {kind}: please report it with what {DEBUG} shows", 1
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise ``Interrupted`` on SIGINT and SIGTERM, where they are not ignored."""
+    last = -math.inf
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal last
+        # Wrappers hand on the signal that the terminal has sent to everybody: the second must not disturb the tidying.
+        if time.monotonic() - last > 1.0:
+            last = time.monotonic()
+            raise Interrupted(number)
+
+    replaced = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                replaced[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet(unless: bool) -> Iterator[None]:
+    """Without the warnings and log lines of the libraries below, which are not about what the user typed."""
+    if unless:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,38 @@
+"""MODEL on the command line: anything ``load_model`` reads, and what shear-ir wrote itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shear_ir.cli.options import Dtype
+    from shear_ir.frontend.load import LoadedModel
+
+
+def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None) -> LoadedModel:
+    """The model that ``spec`` names; a folder of shear-ir's own comes with the record of its cuts."""
+    import torch
+
+    from shear_ir.frontend.files import SHEARED
+    from shear_ir.frontend.load import LoadedModel, load_model
+
+    folder = Path(spec).expanduser()
+    wanted = None if dtype is None else getattr(torch, dtype)
+    if not (folder / SHEARED).is_file():
+        return load_model(spec, trust_remote_code=trust, dtype=wanted)
+    loaded = LoadedModel(open_sheared(folder, trust=trust), spec, folder)
+    if wanted is not None:
+        # Buffers keep theirs, as they do when transformers loads a model.
+        for param in loaded.model.parameters():
+            param.data = param.data.to(wanted)
+    return loaded
+
+
+def open_sheared(folder: Path, model: nn.Module | None = None, trust: bool = False) -> nn.Module:
+    """What shear-ir wrote to ``folder``; ``model``: the dense model, for classes that are not transformers' own."""
+    from shear_backends import store
+
+    return store.load(folder, model, trust_remote_code=trust)

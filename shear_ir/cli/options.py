@@ -1,0 +1,82 @@
+"""Options that several commands share, each with its help. An option that is not given is None: the library decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A folder, a folder with only config.json, a name on the Hugging Face Hub, or package.module:factory.",
+    ),
+]
+OutArgument = Annotated[
+    Path, typer.Argument(metavar="OUT", show_default=False, help="A folder that prune or shear_ir.save wrote.")
+]
+
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a model folder brings along.")
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option(help="Type of the weights; as saved when not given.", show_default=False)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where shear-ir wrote it.")]
+
+RatioOption = Annotated[
+    float | None, typer.Option(help="Share of the parameters to remove, between 0 and 1.", show_default=False)
+]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan.json that says what goes.", show_default=False),
+]
+ImportanceOption = Annotated[
+    str | None,
+    typer.Option(help="Criterion that says which units matter.", show_default="magnitude; order without weights"),
+]
+RoundToOption = Annotated[
+    int | None, typer.Option(help="What stays is a multiple of this, heads excepted.", show_default="1", min=1)
+]
+UniformOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--uniform/--global",
+        help="Every layer loses the same share, or units compete across layers.",
+        show_default="uniform",
+    ),
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", help="Only modules of this path, as in '*.layers.1?.*'; repeatable.", show_default=False
+    ),
+]
+SkipOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Not the modules of this path; repeatable.", show_default=False),
+]
+KindsOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KIND", help="Cut groups of this kind; repeatable.", show_default="ffn, kv_head"),
+]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of a random criterion.", show_default="0")]
+StockOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stock/--any-heads",
+        help="Leave a number of heads that the model's config class accepts, or any.",
+        show_default="stock",
+    ),
+]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in options.items() if value not in (None, [])}

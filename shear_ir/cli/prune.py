@@ -1,0 +1,149 @@
+"""``shear-ir prune``: load, trace, analyse, select, shear, verify, save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shear_ir.cli import console, options, report
+from shear_ir.cli.models import open_model
+from shear_ir.errors import PlanError, SaveError, ShearError
+
+if TYPE_CHECKING:
+    from shear_ir.plans import Plan
+    from shear_ir.program import Program
+
+
+def prune(
+    model: options.ModelArgument,
+    ratio: options.RatioOption = None,
+    plan: options.PlanOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="The folder to write; there whole or not at all.", show_default=False
+        ),
+    ] = None,
+    force: options.ForceOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only plan: nothing is removed or saved.")] = False,
+    plan_out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the plan to this file.", show_default=False)
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Save without comparing with the masked original.")
+    ] = False,
+    importance: options.ImportanceOption = None,
+    round_to: options.RoundToOption = None,
+    uniform: options.UniformOption = None,
+    only: options.OnlyOption = None,
+    skip: options.SkipOption = None,
+    kinds: options.KindsOption = None,
+    seed: options.SeedOption = None,
+    stock: options.StockOption = None,
+    trust_remote_code: options.TrustOption = False,
+    dtype: options.DtypeOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Remove a share of MODEL's parameters and write a smaller model of the same class to OUT.
+
+    The result is compared with MODEL whose removed units are masked to zero before anything is saved. A folder that
+    holds only a config can be planned with --dry-run.
+    """
+    choices = options.given(
+        importance=importance, round_to=round_to, uniform=uniform, only=only, skip=skip, kinds=kinds, seed=seed,
+        stock=stock,
+    )  # fmt: skip
+    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify)
+    asked.check()
+    with console.Steps(*asked.steps()) as step:
+        result = asked.run(step, trust_remote_code, dtype)
+    if plan_out is not None:
+        console.write_file(plan_out, result.plan.to_json())
+    for sentence in result.warnings:
+        console.warn(sentence)
+    if json:
+        console.put_json(report.as_json(result))
+    else:
+        report.put(result)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line asks for; ``choices``: the options of the selection that were given."""
+
+    spec: str
+    ratio: float | None
+    file: Path | None
+    choices: dict[str, Any]
+    out: Path | None
+    force: bool
+    dry_run: bool
+    plan_out: Path | None
+    verify: bool
+
+    def check(self) -> None:
+        """Refuse what can be refused before the model is loaded."""
+        if (self.ratio is None) == (self.file is None):
+            raise ShearError("give either --ratio or --plan, which say what goes")
+        if self.file is not None and self.choices:
+            spelled = ", ".join(f"--{name.replace('_', '-')}" for name in self.choices)
+            raise ShearError(f"--plan says already what goes: leave out {spelled}")
+        if self.ratio is not None and not 0.0 < self.ratio < 1.0:
+            raise PlanError(f"--ratio is a share of the parameters between 0 and 1, not {self.ratio:g}")
+        if self.out is None and not self.dry_run:
+            raise SaveError("give -o OUT, the folder to write, or --dry-run")
+        console.refuse_file(self.plan_out, ".json")
+        from shear_backends.folder import refuse_existing
+        from shear_passes.importance import criterion
+
+        if self.out is not None and not self.dry_run:
+            refuse_existing(self.out, self.force)
+        criterion(self.choices.get("importance", "magnitude"))
+
+    def steps(self) -> list[str]:
+        """The names of the steps that ``run`` takes."""
+        last = [] if self.dry_run else ["shearing", "verifying", "saving"]
+        return ["loading", "tracing", "analysing", "selecting", *(s for s in last if self.verify or s != "verifying")]
+
+    def run(self, step: console.Steps, trust: bool, dtype: options.Dtype | None) -> report.Pruned:
+        """The whole road; nothing is saved that is not sound."""
+        from shear_ir import pipeline
+        from shear_ir.plans import Plan
+
+        ready = None if self.file is None else Plan.load(self.file)
+        with step("loading"):
+            loaded = open_model(self.spec, trust, dtype)
+        if loaded.config_only and not self.dry_run:
+            raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
+        with step("tracing"):
+            program = pipeline.trace(loaded.model)
+        with step("analysing"):
+            groups = pipeline.groups(program)
+        with step("selecting"):
+            plan = self._plan(ready, program, loaded.config_only)
+        result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds)
+        if self.dry_run or self.out is None:
+            return result
+        with step("shearing"):
+            small = pipeline.shear(loaded.model, plan)
+        if self.verify:
+            with step("verifying"):
+                result.verified = pipeline.verify(loaded.model, small, plan)
+            result.verified.raise_if_unsound()
+        with step("saving"):
+            result.saved = pipeline.save(small, self.out, source=loaded.source, force=self.force)
+        return result
+
+    def _plan(self, ready: Plan | None, program: Program, config_only: bool) -> Plan:
+        """The plan that was read, if it fits, or a new one; without weights the first units stay."""
+        from shear_ir import pipeline
+
+        if ready is not None:
+            ready.require(program.digest)
+            return ready
+        assert self.ratio is not None
+        choices = {"importance": "order", **self.choices} if config_only else self.choices
+        return pipeline.plan(program, ratio=self.ratio, **choices)

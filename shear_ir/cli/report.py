@@ -1,0 +1,149 @@
+"""What ``shear-ir prune`` reports: sizes before and after, what was cut, whether it is sound, what loads it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from shear_ir.cli import console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shear_backends.store import Saved
+    from shear_backends.verify import Report
+    from shear_ir.plans import Cut, Plan
+    from shear_passes.analysis.find_groups import Groups
+
+# Criteria that look at no data, and the share of a language model that may go by them before it stops making sense.
+_DATA_FREE = ("magnitude", "random", "order")
+_HARMLESS = 0.1
+
+
+@dataclass
+class Pruned:
+    """One run of prune. ``verified`` and ``saved`` are None where that step was left out."""
+
+    spec: str
+    model: nn.Module
+    groups: Groups
+    plan: Plan
+    seconds: dict[str, float]
+    verified: Report | None = None
+    saved: Saved | None = None
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the model reads tokens."""
+        program = self.groups.program
+        return any(not t.dtype.is_floating_point for name in program.inputs for t in program.types[name])
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences the user should read before using the result."""
+        criterion = str(self.plan.options.get("importance", ""))
+        if not self.tokens or self.plan.ratio <= _HARMLESS or criterion.partition("{")[0] not in _DATA_FREE:
+            return []
+        return [
+            f"{criterion} looks at no data: a language model that loses {self.plan.ratio:.0%} of its parameters by it "
+            "is ruined until it is trained again, so recover it before use"
+        ]
+
+    @property
+    def stock(self) -> tuple[bool, str]:
+        """Whether the stock class loads the result, and why not; foreseen where nothing was saved."""
+        if self.saved is not None:
+            return self.saved.stock, self.saved.note
+        return _foreseen(self)
+
+
+def put(result: Pruned) -> None:
+    """Print the tables and lines for people."""
+    plan, unit = result.plan, "token" if result.tokens else "sample"
+    before, after = plan.before, plan.after
+    rows = [
+        ("parameters", before.parameters, after.parameters),
+        ("bytes", before.bytes, after.bytes),
+        (f"FLOPs per {unit}", before.flops, after.flops),
+    ]
+    rows += [("KV-cache bytes per token", before.kv_bytes, after.kv_bytes)] if before.kv_bytes else []
+    lines = [(name, f"{old:,}", f"{new:,}", _percent(old, new)) for name, old, new in rows]
+    title = f"{plan.model}, {'sheared' if result.saved else 'planned'}"
+    console.put_table(console.table(title, ("", "before", "after", "change"), lines, ("before", "after", "change")))
+    console.put_lines(*(f"cut    {line}" for line in _cut_lines(plan)))
+    if result.verified is not None:
+        console.put_lines(f"check  {result.verified}")
+    stock, why = result.stock
+    kind = type(result.model).__name__
+    loads = f"yes: {kind}.from_pretrained loads it" if stock else f"no ({why}): shear_ir.load reads it"
+    console.put_lines(f"stock  {loads}")
+    console.put_lines(f"time   {', '.join(f'{name} {s:.1f} s' for name, s in result.seconds.items())}")
+    if result.saved is not None:
+        console.put_lines(f"wrote  {result.saved.path}")
+
+
+def as_json(result: Pruned) -> dict[str, Any]:
+    """The same for machines."""
+    stock, why = result.stock
+    found = result.verified
+    return {
+        "model": result.spec,
+        "class": result.plan.model,
+        "out": str(result.saved.path) if result.saved else None,
+        "ratio": result.plan.ratio,
+        "before": asdict(result.plan.before),
+        "after": asdict(result.plan.after),
+        "cuts": [{"kind": kind, **_summary(cuts)} for kind, cuts in _by_kind(result.plan).items()],
+        "options": dict(result.plan.options),
+        "verified": {**asdict(found), "sound": found.sound} if found else None,
+        "stock": stock,
+        "why_not_stock": why,
+        "seconds": result.seconds,
+        "warnings": result.warnings,
+    }
+
+
+def _foreseen(result: Pruned) -> tuple[bool, str]:
+    from shear_backends.config_inference import infer_config
+    from shear_ir.errors import ShearingError
+    from shear_passes.rewrite.rescale_norm import norm_fixes
+    from shear_passes.select.build import masks_of
+
+    if not hasattr(result.model, "save_pretrained") or hasattr(result.model, "peft_config"):
+        return False, "not a transformers model"
+    masks = masks_of(result.groups, result.plan.cuts)
+    try:
+        norms = tuple(norm_fixes(result.groups, masks))
+    except ShearingError as failure:
+        return False, str(failure)
+    found = infer_config(result.model, result.groups, masks, result.plan.kept, norms)
+    return found.config is not None, "" if found.config else found.refused or "no config of the class has these sizes"
+
+
+def _by_kind(plan: Plan) -> dict[str, list[Cut]]:
+    found: dict[str, list[Cut]] = {}
+    for cut in plan.cuts:
+        found.setdefault(cut.kind, []).append(cut)
+    return found
+
+
+def _summary(cuts: list[Cut]) -> dict[str, int]:
+    return {"groups": len(cuts), "units": sum(c.size for c in cuts), "kept": sum(len(c.kept) for c in cuts)}
+
+
+def _cut_lines(plan: Plan) -> list[str]:
+    lines = []
+    for kind, cuts in _by_kind(plan).items():
+        sizes, kept = _range([c.size for c in cuts]), _range([len(c.kept) for c in cuts])
+        groups = f"{len(cuts)} group" + "s" * (len(cuts) != 1)
+        lines.append(f"{kind}: {sizes} to {kept} units in {groups}")
+    return lines
+
+
+def _range(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _percent(old: int, new: int) -> str:
+    return f"{100 * (new - old) / old:+.1f} %" if old else ""

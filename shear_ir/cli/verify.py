@@ -1,0 +1,64 @@
+"""``shear-ir verify``: a saved model against the original whose removed units are masked to zero."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import typer
+
+from shear_ir.cli import console, options
+from shear_ir.cli.models import open_model, open_sheared
+from shear_ir.errors import ShearError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from shear_ir.frontend.load import LoadedModel
+
+
+def verify(
+    model: options.ModelArgument,
+    out: options.OutArgument,
+    trust_remote_code: options.TrustOption = False,
+    dtype: options.DtypeOption = None,
+    json: options.JsonOption = False,
+) -> None:
+    """Compare OUT with MODEL, the model it was pruned from, on random inputs of two lengths.
+
+    Exit code 0: OUT computes what MODEL with its removed units masked to zero computes. 1: it does not. Half precision
+    is compared in float32.
+    """
+    from shear_backends.store import PLAN_FILE
+    from shear_ir import pipeline
+    from shear_ir.frontend.files import SHEARED
+    from shear_ir.plans import Plan
+
+    if not (out / SHEARED).is_file():
+        raise ShearError(f"{out} was not written by shear-ir: it holds no {SHEARED}")
+    plan = Plan.load(out / PLAN_FILE)
+    with console.Steps("loading", "tracing", "verifying") as step:
+        with step("loading"):
+            dense = open_model(model, trust_remote_code, dtype)
+        if dense.config_only:
+            raise ShearError(f"{model} has no weights, only a config: there is nothing to compare with")
+        with step("tracing"):
+            plan.require(pipeline.trace(dense.model).digest)
+        with step("verifying"):
+            found = pipeline.verify(dense.model, _small(out, dense, trust_remote_code), plan)
+    if json:
+        console.put_json({"model": model, "out": str(out), **asdict(found), "sound": found.sound, "ratio": plan.ratio})
+    else:
+        console.put_lines(f"{found}", f"{plan.ratio:.1%} of the parameters are gone ({len(plan.cuts)} groups cut)")
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+def _small(out: Path, dense: LoadedModel, trust: bool) -> nn.Module:
+    """OUT as its users load it: with the dense model's help only where its class needs that."""
+    import transformers
+
+    alone = dense.source is not None and hasattr(transformers, type(dense.model).__name__)
+    return open_sheared(out, None if alone else dense.model, trust)
