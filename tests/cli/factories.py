@@ -1,0 +1,43 @@
+"""Models as ``tests.cli.factories:name``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from torch import nn
+
+from tests.zoo import MLP, build
+
+
+def mlp() -> nn.Module:
+    """The gated MLP of the zoo."""
+    return build("mlp")
+
+
+def talkative() -> nn.Module:
+    """The same; it prints while it is built."""
+    print("building")
+    return mlp()
+
+
+def other() -> nn.Module:
+    """Another model."""
+    return build("concat_and_split")
+
+
+def nothing() -> int:
+    """No model at all."""
+    return 3
+
+
+class _Stopped(MLP):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().state_dict(*args, **kwargs)
+
+
+def stopped() -> nn.Module:
+    """An MLP that gets a SIGTERM while it is saved."""
+    return _Stopped().eval()
