@@ -75,7 +75,8 @@ def put(result: Pruned) -> None:
         console.put_lines(f"check  {result.verified}")
     stock, why = result.stock
     kind = type(result.model).__name__
-    loads = f"yes: {kind}.from_pretrained loads it" if stock else f"no ({why}): shear_ir.load reads it"
+    reads = "shear_ir.load(OUT)" if _pretrained(result.model) else "shear_ir.load(OUT, model=...)"
+    loads = f"yes: {kind}.from_pretrained loads it" if stock else f"no ({why}): {reads} does"
     console.put_lines(f"stock  {loads}")
     console.put_lines(f"time   {', '.join(f'{name} {s:.1f} s' for name, s in result.seconds.items())}")
     if result.saved is not None:
@@ -103,13 +104,18 @@ def as_json(result: Pruned) -> dict[str, Any]:
     }
 
 
+def _pretrained(model: nn.Module) -> bool:
+    """Whether the class of ``model`` is one of transformers, which its saved config names."""
+    return hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
+
+
 def _foreseen(result: Pruned) -> tuple[bool, str]:
     from shear_backends.config_inference import infer_config
     from shear_ir.errors import ShearingError
     from shear_passes.rewrite.rescale_norm import norm_fixes
     from shear_passes.select.build import masks_of
 
-    if not hasattr(result.model, "save_pretrained") or hasattr(result.model, "peft_config"):
+    if not _pretrained(result.model):
         return False, "not a transformers model"
     masks = masks_of(result.groups, result.plan.cuts)
     try:

@@ -64,7 +64,7 @@ def test_the_report_says_what_changed(shear: Shear, tmp_path: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     for said in (
         "MLP, sheared", "parameters", "bytes", "FLOPs per sample", "cut    ffn: 20 to 15 units in 1 group",
-        "check  sound: max abs diff", "stock  no (not a transformers model): shear_ir.load reads it", "time   loading",
+        "check  sound: max abs diff", "stock  no (not a transformers model): shear_ir.load(OUT, model=...) does", "time   loading",
         f"wrote  {tmp_path / 'out'}",
     ):  # fmt: skip
         assert said in ran.out
