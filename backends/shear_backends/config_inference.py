@@ -27,6 +27,7 @@ Changes = dict[Field, int]
 Shapes = dict[str, tuple[int, ...]]
 
 _BUILDS = 96
+_FEW = 2
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,41 @@ def infer_config(
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict") or hasattr(model, "peft_config"):
         return Inference(None, {})
-    search = _Search(model, _target(model, kept), _sizes(groups, masks))
-    changes = search.run()
+    changes = _changes(model, _target(model, kept), _sizes(groups, masks))
     if changes is None:
         return Inference(None, {})
-    found = search.config(changes)
+    found = _changed(config, changes)
     refused = _objection(found)
     if refused:
         return Inference(None, changes, refused)
     if norms and not _scale_eps(model, found, norms):
         return Inference(None, changes)
     return Inference(found, changes)
+
+
+def _changes(model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> Changes | None:
+    """The fields to change, searched for in a model of few layers where the whole model confirms what is found."""
+    whole = _Search(model, target, sizes)
+    if whole.base is None or set(whole.base) != set(target):
+        return None
+    depth = _few_layers(model, whole.base)
+    if depth:
+        few = _Search(model, target, sizes, depth).run()
+        if few is not None and whole.fits(few):
+            return few
+    return whole.run()
+
+
+def _few_layers(model: nn.Module, base: Shapes) -> Changes:
+    """Values of the fields that say how often layers are repeated, for a model that is the same but for its length."""
+    lengths = {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)}
+    fewer: Changes = {}
+    for path, value in _fields(model.config):
+        if isinstance(value, int) and value > _FEW and value in lengths:
+            shapes = _shapes_of(model, {**fewer, path: _FEW})
+            if shapes is not None and len(shapes) < len(base) and shapes.items() <= base.items():
+                fewer[path] = _FEW
+    return fewer
 
 
 def accepted_counts(model: nn.Module, changes: Mapping[Field, int], size: int, count: int) -> list[int]:
@@ -116,6 +141,23 @@ def _shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
+def _shapes_of(model: nn.Module, changes: Changes) -> Shapes | None:
+    """The shapes of a model of this class with the given fields changed; None when the class refuses them."""
+    try:
+        with torch.device("meta"):
+            return _shapes(type(model)(_changed(model.config, changes)))
+    except Exception:  # any constructor may refuse any config: then it is not this one
+        return None
+
+
+def _changed(config: Any, changes: Changes) -> Any:
+    """A copy of the config with the given fields changed."""
+    config = copy.deepcopy(config)
+    for path, value in changes.items():
+        _set(config, path, value)
+    return config
+
+
 def _sizes(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[int, set[int]]:
     """Old size to new sizes, over every dim of every value and parameter and runs of their factors."""
     counts = {atom: int(stays.sum()) for atom, stays in masks.items()}
@@ -132,17 +174,22 @@ def _sizes(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[int, set[int]]:
 class _Search:
     """Descends from the config in which every field follows its dim to the one that gives the target shapes."""
 
-    def __init__(self, model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> None:
+    def __init__(
+        self, model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]], depth: Changes | None = None
+    ) -> None:
         self.model = model
-        self.target = target
         self.sizes = sizes
+        self.depth = depth or {}
         self.builds: dict[frozenset[tuple[Field, int]], Shapes | None] = {}
         self.base = self._build({})
+        self.target = {n: s for n, s in target.items() if n in (self.base or ())} if depth else target
+
+    def fits(self, changes: Changes) -> bool:
+        """Whether the changes give exactly the target shapes."""
+        return self._distance(changes) == 0.0
 
     def run(self) -> Changes | None:
         """The fields to change; None when no change of fields gives the shapes."""
-        if self.base is None or set(self.base) != set(self.target):
-            return None
         fields = dict(_fields(self.model.config))
         pins = self._pins(fields)
         options: dict[Field, list[int]] = {}
@@ -152,11 +199,11 @@ class _Search:
             if news:
                 options[path] = news
         changes = self._descend({**pins, **{path: news[0] for path, news in options.items()}}, options, pins)
-        if self._distance(changes) != 0.0:
+        if not self.fits(changes):
             return None
         for path in pins:
             without = {p: v for p, v in changes.items() if p != path}
-            if self._distance(without) == 0.0:
+            if self.fits(without):
                 changes = without
         return changes
 
@@ -198,7 +245,7 @@ class _Search:
     def _asked_for(self) -> list[str]:
         """Names the constructor looks up in the config although the config does not have them."""
         missed: list[str] = []
-        config = copy.deepcopy(self.model.config)
+        config = _changed(self.model.config, self.depth)
         kind = type(config)
 
         def note(_: Any, name: str) -> Any:
@@ -247,23 +294,8 @@ class _Search:
         """The shapes of a model built with ``changes``; None when the class refuses them."""
         key = frozenset(changes.items())
         if key not in self.builds and len(self.builds) < _BUILDS:
-            self.builds[key] = self._built(changes)
+            self.builds[key] = _shapes_of(self.model, {**changes, **self.depth})
         return self.builds.get(key)
-
-    def _built(self, changes: Changes) -> Shapes | None:
-        try:
-            config = self.config(changes)
-            with torch.device("meta"):
-                return _shapes(type(self.model)(config))
-        except Exception:  # any constructor may refuse any config: then it is not this one
-            return None
-
-    def config(self, changes: Changes) -> Any:
-        """The model's config with the given fields changed."""
-        config = copy.deepcopy(self.model.config)
-        for path, value in changes.items():
-            _set(config, path, value)
-        return config
 
 
 def _fields(config: Any, prefix: Field = (), of: tuple[type, ...] = (int, type(None))) -> Iterator[tuple[Field, Any]]:
