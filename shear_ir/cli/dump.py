@@ -27,7 +27,7 @@ def dump(
 
     with console.Steps("loading", "tracing", "analysing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, dtype)
+            loaded = open_model(model, trust_remote_code, dtype, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

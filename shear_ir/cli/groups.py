@@ -37,7 +37,7 @@ def groups(
 
     with console.Steps("loading", "tracing", "analysing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code)
+            loaded = open_model(model, trust_remote_code, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from shear_ir.frontend.load import LoadedModel
 
 
-def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None) -> LoadedModel:
+def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None, *, weights: bool = True) -> LoadedModel:
     """The model that ``spec`` names; a folder of shear-ir's own comes with the record of its cuts."""
     import torch
 
@@ -22,7 +22,7 @@ def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None) -> Lo
     folder = Path(spec).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
     if not (folder / SHEARED).is_file():
-        return load_model(spec, trust_remote_code=trust, dtype=wanted)
+        return load_model(spec, trust_remote_code=trust, dtype=wanted, weights=weights)
     loaded = LoadedModel(open_sheared(folder, trust=trust), spec, folder)
     if wanted is not None:
         # Buffers keep theirs, as they do when transformers loads a model.

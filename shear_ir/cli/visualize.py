@@ -41,7 +41,7 @@ def visualize(
     ready = None if plan is None else Plan.load(plan)
     with console.Steps("loading", "tracing", "analysing", "drawing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code)
+            loaded = open_model(model, trust_remote_code, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

@@ -57,24 +57,28 @@ class LoadedModel:
     unused: tuple[str, ...] = ()
 
 
-def load_model(spec: str, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    spec: str, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None, weights: bool = True
+) -> LoadedModel:
     """The model that ``spec`` names, in evaluation mode, on the CPU or, from a config alone, on the meta device.
 
-    ``dtype``: that of the weights; as saved when None. Raises ``LoadError`` with one sentence about what is wrong.
+    ``dtype``: that of the weights; as saved when None. ``weights``: False for the meta device even where there are
+    weights, which are then neither read nor fetched. Raises ``LoadError`` with one sentence about what is wrong.
     """
     folder = Path(spec).expanduser()
     if folder.is_dir():
-        return _from_folder(spec, folder, trust_remote_code, dtype)
+        return _from_folder(spec, folder, trust_remote_code, dtype, weights)
     if folder.exists():
         raise LoadError(f"{spec} is a file: give the folder that holds the model's {CONFIG}")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec):
         return _from_factory(spec, dtype)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec):
         raise LoadError(f"there is no folder {spec}")
-    return replace(_from_folder(spec, _download(spec, trust_remote_code), trust_remote_code, dtype), spec=spec)
+    snapshot = _download(spec, trust_remote_code, weights)
+    return replace(_from_folder(spec, snapshot, trust_remote_code, dtype, weights), spec=spec)
 
 
-def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None) -> LoadedModel:
+def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None, weights: bool = True) -> LoadedModel:
     if (folder / ADAPTER_CONFIG).exists():
         return _from_adapter(spec, folder, trust, dtype)
     if not (folder / CONFIG).exists():
@@ -83,7 +87,7 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
     with quiet():
         config = _config(files, trust)
         cls = _model_class(files, config, trust)
-        if not files.shards:
+        if not files.shards or not weights:
             return LoadedModel(_on_meta(folder, cls, config, dtype), spec, folder, config_only=True)
         model, unused = _pretrained(folder, cls, config, trust, dtype)
     return LoadedModel(model, spec, folder, unused=unused)
@@ -220,12 +224,13 @@ def _adapted(base: nn.Module, folder: Path, names: frozenset[str]) -> nn.Module:
     return model.eval()
 
 
-def _download(spec: str, trust: bool) -> Path:
+def _download(spec: str, trust: bool, weights: bool = True) -> Path:
     """The snapshot of a hub repository: config, safetensors, tokenizer; code only when it is trusted."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.json", "model*.safetensors", ADAPTER_WEIGHTS, INDEX, WEIGHTS, "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.json", ADAPTER_WEIGHTS, INDEX, "*.txt", "*.model", "*.jinja"]
+    wanted += ["model*.safetensors", WEIGHTS] if weights else []
     try:
         return Path(snapshot_download(spec, allow_patterns=wanted + ["*.py"] * trust, ignore_patterns=["*/*"]))
     except (OSError, HFValidationError) as failure:

@@ -14,7 +14,7 @@ from tests.cli.conftest import Shear
 def test_a_folder_a_config_and_a_name_on_the_hub_are_one_model(
     shear: Shear, llama: Path, config_only: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shear_ir.frontend.load._download", lambda spec, trust: llama)
+    monkeypatch.setattr("shear_ir.frontend.load._download", lambda spec, trust, weights: llama)
     listed = [shear("groups", spec, "--json").json["groups"] for spec in (llama, config_only, "someone/llama")]
     assert listed[0] == listed[1] == listed[2]
     assert {g["kind"] for g in listed[0]} >= {"ffn", "kv_head", "head_dim"}
