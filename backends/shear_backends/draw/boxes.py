@@ -19,12 +19,13 @@ class Boxes:
 
     def __init__(self, program: Program, groups: Groups, only: Group | None = None) -> None:
         self.program = program
-        shown = {p.name for p in program.params.values() if _worth_a_row(p, groups)}
+        focus = only.parameters if only else ()
+        shown = {p.name for p in program.params.values() if p.name in focus or _worth_a_row(p, groups)}
         self._uses = {name: _uses(program, name) for name in program.params if name in shown}
         names = [use for uses in self._uses.values() for use in uses]
         owners = {parent(name) for name in names}
         self._inner = {up for owner in owners for up in _ancestors(owner)} & owners
-        wanted = set(self._uses) if only is None else set(only.parameters)
+        wanted = set(focus or self._uses)
         self.by_path: Mapping[str, Box] = self._boxes(groups, wanted)
 
     def of_read(self, node: fx.Node, reader: fx.Node) -> str | None:

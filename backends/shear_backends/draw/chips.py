@@ -56,9 +56,15 @@ class Chips:
         return str(low) if low == high else f"{low}–{high}"
 
     def _counts(self, atom: Axis) -> list[int]:
+        return [atom.size if cut is None else len(cut.kept) for cut in self._cuts(atom)]
+
+    def _cuts(self, atom: Axis) -> list[Cut | None]:
         owners = [self.groups.by_axis.get(one) for one in self.alike.get(atom, [atom])]
-        cuts = [self.cuts.get(group.name) if group else None for group in owners]
-        return [atom.size if cut is None else len(cut.kept) for cut in cuts]
+        return [self.cuts.get(group.name) if group else None for group in owners]
+
+    def _same(self, cut: Cut, atom: Axis) -> bool:
+        """Whether all blocks that the drawn one stands for lose the very same units."""
+        return all(other is not None and np.array_equal(other.kept, cut.kept) for other in self._cuts(atom))
 
     def _least(self, dim: Dim) -> int:
         """The width that the text of every cell needs, in points."""
@@ -95,7 +101,7 @@ class Chips:
     def _bar(self, cut: Cut, atom: Axis, width: int, fill: str) -> str:
         """One row of cells: a mark for each unit, or for many units, or many blocks, the share that stays and goes."""
         counts = self._counts(atom)
-        if cut.size <= _MARKS and len(set(counts)) == 1:
+        if cut.size <= _MARKS and self._same(cut, atom):
             stays = np.isin(np.arange(cut.size), cut.kept)
             edges = [0, *(np.flatnonzero(np.diff(stays)) + 1).tolist(), cut.size]
             spans = [(bool(stays[a]), float(b - a)) for a, b in pairwise(edges)]
@@ -117,7 +123,9 @@ class Chips:
         if group.reason:
             lines.append(f"frozen: {group.reason}")
         if cut is not None and len(cut.removed):
-            lines.append(f"{len(cut.kept)} stay, {len(cut.removed)} go: {_spans(cut)}")
+            same = f", {len(cut.removed)} go: {_spans(cut)}"
+            which = same if self._same(cut, group.axis) else "; which ones differs from block to block"
+            lines.append(f"{self.left(group.axis)} stay{which}")
         return "\n".join(lines)
 
 

@@ -109,10 +109,11 @@ def _without_dead_ends(flow: Flow, focused: bool) -> Flow:
     inputs = {path for path, item in items.items() if isinstance(item, Op) and item.kind == "input"}
     fed = {line.head for line in flow.lines if line.tail not in inputs}
     products = {path for path, item in items.items() if isinstance(item, Op) and item.kind in ("attention", "product")}
+    boxes = {path for path, item in items.items() if not isinstance(item, Op)}
     lines = [line for line in flow.lines if line.tail not in inputs or line.head not in fed & products]
     while True:
         read, fed = {line.tail for line in lines}, {line.head for line in lines}
-        ends = fed & products if focused else set()
+        ends = boxes | (fed & products) if focused else set()
         dead = {
             path for path, item in items.items() if path not in ends and not _alive(item, path in read, path in fed)
         }

@@ -54,9 +54,10 @@ def entries(groups: Iterable[Group]) -> list[Entry]:
 def header(
     program: Program, groups: Groups, only: Group | None, palette: Palette, plan: Plan | None, barriers: int
 ) -> str:
-    """The HTML-like label of the graph: title, what is removed, legend."""
+    """The HTML-like label of the graph: title, what is removed, legend of the groups that have parameters."""
     cuts = {c.group: c for c in plan.cuts} if plan else {}
-    rows = entries([only] if only else groups)
+    drawn = (g for g in groups if any(program.params[name].kind == "parameter" for name in g.parameters))
+    rows = entries([only] if only else drawn)
     columns = ["", "groups", "kind", "units", "parameters per unit", "total", *(["stay"] if plan else []), ""]
     across = f'ALIGN="LEFT" COLSPAN="{len(columns)}"'
     summary = _summary(program, only, plan)
@@ -91,12 +92,16 @@ def compact(count: int) -> str:
 def _summary(program: Program, only: Group | None, plan: Plan | None) -> str:
     if only is not None:
         place = only.module or "the whole model"
-        count = f"{len(only.slices)} slices of {len(only.parameters)} tensors"
+        count = f"{_counted(len(only.slices), 'slice')} of {_counted(len(only.parameters), 'tensor')}"
         return f"{_sized(f'<B>{only.name}</B>', 13)}&#160; {_sized(f'in {escape(place)}: {count}', 13)}"
     if plan is None:
         return _sized(f"{program.parameter_count:,} parameters", 13)
     change = f"{plan.before.parameters:,} → {plan.after.parameters:,} parameters"
     return f"{_sized(change, 13)}&#160; {_sized(f'<B>−{100 * plan.ratio:.1f} %</B>', 13, RED)}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("s" if count != 1 else "")
 
 
 def _row(entry: Entry, palette: Palette, cuts: Mapping[str, Cut] | None) -> str:

@@ -27,10 +27,10 @@ FROZEN_INK = "#5a5a5a"
 DIMMED = "#f6f6f6"
 RED = "#c8102e"
 LINE = "#8c8c8c"
-DARK = "#1c1c1c"
+DARK = "#111111"
 LIGHT = "#ffffff"
 
-_SHADES = (0.0, 0.3, 0.55)
+SHADES = (0.0, 0.3, 0.55)
 
 
 class Palette:
@@ -47,7 +47,7 @@ class Palette:
                 self._fill[group.name] = FROZEN
                 continue
             place = places[group.kind] = places.get(group.kind, -1) + 1
-            self._fill[group.name] = lighter(HUES[group.kind], _SHADES[place % len(_SHADES)])
+            self._fill[group.name] = lighter(HUES[group.kind], SHADES[place % len(SHADES)])
 
     def fill(self, group: Group) -> str:
         """The background of the group's cells."""

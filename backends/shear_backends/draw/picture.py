@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,9 @@ def source(
         plan.require(program.digest)
     only = _named(groups, group)
     flow = find_flow(program, groups, Boxes(program, groups, only), only)
-    folding = _folded(flow, groups, layers, plan, only)
+    every = Boxes(program, groups).by_path.values()
+    unfolded = frozenset[int]() if layers is None else parse_layers(layers, every)
+    folding = _folded(flow, groups, unfolded, plan, only)
     lines = _folded_lines(flow, folding)
     drawn = [item for path, item in flow.items.items() if folding.path(path) == path]
     members: dict[str, list[Box]] = {}
@@ -90,8 +92,7 @@ def _named(groups: Groups, name: str | None) -> Group | None:
     return found
 
 
-def _folded(flow: Flow, groups: Groups, layers: str | None, plan: Plan | None, only: Group | None) -> Folding:
-    unfolded = parse_layers(layers, flow.items.values()) if layers is not None else frozenset[int]()
+def _folded(flow: Flow, groups: Groups, unfolded: Collection[int], plan: Plan | None, only: Group | None) -> Folding:
     least = REPEATS if only is None else 9
     kept = {c.group: len(c.kept) for c in plan.cuts} if plan else {}
 
