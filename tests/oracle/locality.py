@@ -160,8 +160,8 @@ class _Run(fx.Interpreter):
         return value.clone()
 
     def _noise(self, value: Tensor) -> Tensor:
-        if value.is_floating_point():
-            return torch.randn(value.shape, generator=self.generator).to(value.dtype) * 3
+        if value.is_floating_point() or value.is_complex():
+            return torch.randn(value.shape, generator=self.generator, dtype=value.dtype) * 3
         if value.dtype == torch.bool:
             return torch.rand(value.shape, generator=self.generator) < 0.5
         return value.flatten()[torch.randperm(value.numel(), generator=self.generator)].view(value.shape)
@@ -206,7 +206,7 @@ def _all(result: Any) -> list[Tensor]:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape:
         return False
-    if not a.is_floating_point():
+    if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 

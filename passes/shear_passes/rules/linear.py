@@ -87,14 +87,14 @@ def _product(site: Site, left: tuple[int, Dims], right: tuple[int, Dims], added:
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def grouped_mm(site: Site, x: Dims, weight: Dims, offs: Dims | None = None, *_: Any, **__: Any) -> Dims | Results:
-    """``y[s, o] = sum_i x[s, i] * w[e(s), i, o]``: each row has its own expert e, which values choose."""
+    """``y[s, o] = sum_i x[s, i] * w[e(s), i, o]``: which rows have which expert e, values say by counting."""
     if len(x) != 2 or len(weight) != 3:
         return site.barrier("a grouped product that is not rows by experts")
     experts, in_, out = weight
     site.equate(x[1], in_)
     if offs is not None:
         site.equate(offs[0], experts)
-    site.freeze([experts], "experts are chosen by value")
+    site.freeze([x[0], experts], "experts are chosen by value")
     site.contract([in_], [(0, x[:1]), (1, [out])], added=["bias"])
     return (x[0], out)
 

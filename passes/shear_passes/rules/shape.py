@@ -93,11 +93,12 @@ def unsqueeze(site: Site, x: Dims, dim: int) -> Dims:
 
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, vanish=Vanish.MOVED)
-def squeeze(site: Site, x: Dims, dim: int | Sequence[int] | None = None) -> Dims | Results:
-    """Dims of size 1 go out."""
+def squeeze(site: Site, x: Dims, dim: int | Sequence[int] | None = None) -> Dims:
+    """Dims of size 1 go out: a longer one that is asked to must not become one of them."""
     places = range(len(x)) if dim is None else [dim] if isinstance(dim, int) else dim
-    gone = {wrap(place, len(x)) for place in places}
-    return tuple(d for place, d in enumerate(x) if place not in gone or d.size != 1)
+    asked = {wrap(place, len(x)) for place in places}
+    site.freeze([x[place] for place in asked if x], "with one index left the axis would go out")
+    return tuple(d for place, d in enumerate(x) if place not in asked or d.size != 1)
 
 
 @rule(
