@@ -7,7 +7,6 @@ with f(0) != 0 lose it. A contraction that cannot show it freezes its axis.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
+Counts = dict[Axis, int]
 
 _POLES = {
     **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder"), (1,)),
@@ -64,7 +64,7 @@ class _Walk:
         for contraction in axes.contractions:
             self.by_call.setdefault(contraction.node.name, []).append(contraction)
         self.mutated = _mutated(axes)
-        self._counts: dict[int, Counter[Axis]] = {}
+        self._distinct: dict[int, tuple[Axis, ...]] = {}
 
     def run(self) -> Zeros:
         contracted: set[Axis] = set()
@@ -78,13 +78,14 @@ class _Walk:
                 self._check(contraction)
         return Zeros(self.zero, frozenset(contracted))
 
-    def carried(self, dims: Iterable[Dim]) -> Counter[Axis]:
+    def carried(self, dims: Iterable[Dim]) -> Counts:
         """How many of the dims each atom occurs in."""
-        total: Counter[Axis] = Counter()
+        total: Counts = {}
         for dim in dims:
-            if id(dim) not in self._counts:
-                self._counts[id(dim)] = Counter(dict.fromkeys(atoms(dim), 1))
-            total.update(self._counts[id(dim)])
+            if id(dim) not in self._distinct:
+                self._distinct[id(dim)] = tuple(dict.fromkeys(atoms(dim)))
+            for atom in self._distinct[id(dim)]:
+                total[atom] = total.get(atom, 0) + 1
         return total
 
     def _of(self, node: fx.Node) -> Atoms:
@@ -97,9 +98,10 @@ class _Walk:
         law = self.axes.vanish.get(node.name, Vanish.NEVER)
         if node.name in self.axes.barriers:
             return _NOTHING
-        out = Counter[Axis]()
+        out: Counts = {}
         for dims in results:
-            out |= self.carried(dims)
+            for atom, count in self.carried(dims).items():
+                out[atom] = max(count, out.get(atom, 0))
         if law is Vanish.MOVED:
             return self._moved(node, out)
         if law is Vanish.FIRST:
@@ -111,13 +113,13 @@ class _Walk:
         made = self.by_call.get(node.name)
         return self._contracted(made[-1], out) if made else _NOTHING
 
-    def _aligned(self, operand: fx.Node, out: Counter[Axis], free: Dims | None = None) -> Atoms:
+    def _aligned(self, operand: fx.Node, out: Counts, free: Dims | None = None) -> Atoms:
         """The atoms that vanish in ``operand`` and whose dims in the result all come from it."""
         dims = self.axes.dims(operand) if free is None else free
         mine = self.carried(dims)
-        return frozenset(a for a in self.zero.get(operand.name, _NOTHING) if a in out and mine[a] == out[a])
+        return frozenset(a for a in self.zero.get(operand.name, _NOTHING) if a in out and mine.get(a) == out[a])
 
-    def _moved(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+    def _moved(self, node: fx.Node, out: Counts) -> Atoms:
         sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
         found: set[Axis] = set()
         broken: set[Axis] = set()
@@ -131,7 +133,7 @@ class _Walk:
                 broken |= carried - zero
         return frozenset(a for a in found - broken if a in out)
 
-    def _first(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+    def _first(self, node: fx.Node, out: Counts) -> Atoms:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return _NOTHING
@@ -139,13 +141,13 @@ class _Walk:
             return _NOTHING
         return self._aligned(first, out)
 
-    def _all(self, node: fx.Node, out: Counter[Axis]) -> Atoms:
+    def _all(self, node: fx.Node, out: Counts) -> Atoms:
         if any(isinstance(a, int | float) and a != 0 for a in node.args):
             return _NOTHING
         sets = [self._aligned(o, out) for o in node.all_input_nodes]
         return frozenset.intersection(*sets) if sets else _NOTHING
 
-    def _contracted(self, made: Contraction, out: Counter[Axis]) -> Atoms:
+    def _contracted(self, made: Contraction, out: Counts) -> Atoms:
         found = frozenset[Axis]().union(*(self._aligned(o.node, out, o.free) for o in made.operands))
         for addend in made.added:
             found &= self._aligned(addend, out)
