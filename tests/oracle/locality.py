@@ -200,7 +200,8 @@ class _Run(fx.Interpreter):
 
 
 def _all(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [r for r in result or () if isinstance(r, Tensor)]
+    results = result if isinstance(result, (list, tuple)) else [result]
+    return [r for r in results if isinstance(r, Tensor)]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -16,7 +16,16 @@ aten = torch.ops.aten
 
 
 @rule(aten.scaled_dot_product_attention.default)
-def attention(site: Site, q: Dims, k: Dims, v: Dims, mask: Dims | None = None, *_: Any, **options: Any) -> Dims:
+def attention(
+    site: Site,
+    q: Dims,
+    k: Dims,
+    v: Dims,
+    mask: Dims | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Dims:
     """``softmax(q k^T * scale + mask) v``: heads are shared, the keys' positions are summed over by the softmax.
 
     With ``enable_gqa`` the query heads are ``kv heads x g``.
@@ -31,6 +40,8 @@ def attention(site: Site, q: Dims, k: Dims, v: Dims, mask: Dims | None = None, *
     else:
         lead = broadcast(site, [q[:-2], k[:-2], v[:-2]])
     site.freeze([k[-2]], "softmax runs over the keys' positions")
+    if is_causal:
+        site.freeze([q[-2]], "positions are compared by number")
     if mask is not None:
         broadcast(site, [(*lead, q[-2], k[-2]), mask])
     site.contract([q[-1]], [(0, q[:-1]), (1, k[:-1])])

@@ -95,7 +95,7 @@ def index_put(site: Site, x: Dims, indices: Sequence[Dims | None], values: Dims,
     used = [i for i in indices if i is not None]
     site.freeze([x[p] for p, i in enumerate(indices) if i is not None and p < len(x)], _CHOSEN)
     if len(used) != 1 or len(used[0]) != 1 or indices[0] is None:
-        site.freeze((*x, *values), _CHOSEN)
+        site.freeze((*x, *values, *(dim for index in used for dim in index)), _CHOSEN)
         return x
     broadcast(site, [(*used[0], *x[1:]), values])
     site.freeze(used[0], "entries are written one by one")
