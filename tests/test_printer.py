@@ -50,21 +50,21 @@ def test_a_gated_mlp_prints_with_its_axes() -> None:
     expect(
         dumped(GatedMLP()),
         """
-        %x           : f32[3, 7, a:4]      = input
-        @gate.weight : f32[ffn:6, a:4]     = param
-        %gate        : f32[3, 7, ffn:6]    = aten.linear(%x, @gate.weight)
-        %silu        : f32[3, 7, ffn:6]    = aten.silu(%gate)
-        @up.weight   : f32[ffn:6, a:4]     = param
-        %up          : f32[3, 7, ffn:6]    = aten.linear(%x, @up.weight)
-        %mul         : f32[3, 7, ffn:6]    = aten.mul(%silu, %up)
-        @down.weight : f32[vocab:4, ffn:6] = param
-        @down.bias   : f32[vocab:4]        = param
-        %down        : f32[3, 7, vocab:4]  = aten.linear(%mul, @down.weight, @down.bias)
+        %x           : f32[3, 7, a0:4]  = input
+        @gate.weight : f32[ffn:6, a0:4] = param
+        %gate        : f32[3, 7, ffn:6] = aten.linear(%x, @gate.weight)
+        %silu        : f32[3, 7, ffn:6] = aten.silu(%gate)
+        @up.weight   : f32[ffn:6, a0:4] = param
+        %up          : f32[3, 7, ffn:6] = aten.linear(%x, @up.weight)
+        %mul         : f32[3, 7, ffn:6] = aten.mul(%silu, %up)
+        @down.weight : f32[a1:4, ffn:6] = param
+        @down.bias   : f32[a1:4]        = param
+        %down        : f32[3, 7, a1:4]  = aten.linear(%mul, @down.weight, @down.bias)
         return %down
 
-        ffn    mlp channels  6 units  3 tensors  72 parameters  prunable
-        a      other         4 units  2 tensors  48 parameters  frozen: dim 2 of the input x
-        vocab  vocabulary    4 units  2 tensors  28 parameters  frozen: dim 2 of an output of the model
+        ffn  mlp channels  6 units  3 tensors  72 parameters  prunable
+        a0   other         4 units  2 tensors  48 parameters  frozen: dim 2 of the input x
+        a1   other         4 units  2 tensors  28 parameters  frozen: dim 2 of an output of the model
         """,
     )
 
@@ -129,20 +129,20 @@ def test_a_barrier_says_why_it_is_one() -> None:
     expect(
         dumped(Scrambled()),
         """
-        %x           : f32[3, 7, a1:4]    = input
-        @up.weight   : f32[a0:6, a1:4]    = param
-        @up.bias     : f32[a0:6]          = param
-        %up          : f32[3, 7, a0:6]    = aten.linear(%x, @up.weight, @up.bias)
-        %scramble    : f32[3, 7, a2:6]    = shear_tests.scramble(%up)  # barrier: no axis rule for shear_tests.scramble
-        @down.weight : f32[vocab:4, a2:6] = param
-        @down.bias   : f32[vocab:4]       = param
-        %down        : f32[3, 7, vocab:4] = aten.linear(%scramble, @down.weight, @down.bias)
+        %x           : f32[3, 7, a1:4] = input
+        @up.weight   : f32[a0:6, a1:4] = param
+        @up.bias     : f32[a0:6]       = param
+        %up          : f32[3, 7, a0:6] = aten.linear(%x, @up.weight, @up.bias)
+        %scramble    : f32[3, 7, a3:6] = shear_tests.scramble(%up)  # barrier: no axis rule for shear_tests.scramble
+        @down.weight : f32[a2:4, a3:6] = param
+        @down.bias   : f32[a2:4]       = param
+        %down        : f32[3, 7, a2:4] = aten.linear(%scramble, @down.weight, @down.bias)
         return %down
 
-        a0     other       6 units  2 tensors  30 parameters  frozen: no axis rule for shear_tests.scramble at %scramble
-        a1     other       4 units   1 tensor  24 parameters  frozen: dim 2 of the input x
-        vocab  vocabulary  4 units  2 tensors  28 parameters  frozen: dim 2 of an output of the model
-        a2     other       6 units   1 tensor  24 parameters  frozen: no axis rule for shear_tests.scramble at %scramble
+        a0  other  6 units  2 tensors  30 parameters  frozen: no axis rule for shear_tests.scramble at %scramble
+        a1  other  4 units   1 tensor  24 parameters  frozen: dim 2 of the input x
+        a2  other  4 units  2 tensors  28 parameters  frozen: dim 2 of an output of the model
+        a3  other  6 units   1 tensor  24 parameters  frozen: no axis rule for shear_tests.scramble at %scramble
         """,
     )
 

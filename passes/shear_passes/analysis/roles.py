@@ -53,7 +53,8 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
     rotary = {a for a in attention.head_dims if _paired(a, slices.get(a, ()))}
     assign(rotary, "rotary_pair")
     assign(attention.head_dims, "head_dim")
-    assign(residual, "residual")
+    stored = {a for a, owned in slices.items() if any(program.params[s.parameter].kind == "parameter" for s in owned)}
+    assign(residual & stored, "residual")
     made, read, convolved = _made_and_read(axes)
     assign(convolved, "conv_channel")
     assign(made & read, "ffn")
@@ -80,11 +81,19 @@ def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
     tokens = any(not program.types[name][0].dtype.is_floating_point for name in program.inputs)
     for node in program.calls():
         if node.target is aten.embedding.default:
-            table = node.args[0]
-            found |= _atoms(axes.dims(table)[:1]) if isinstance(table, fx.Node) else set()
+            table, rows = node.args[:2]
+            if isinstance(table, fx.Node) and isinstance(rows, fx.Node) and _given(program, rows):
+                found |= _atoms(axes.dims(table)[:1])
         elif tokens and node.op == "call_function" and any(user.op == "output" for user in node.users):
             found |= _atoms(axes.dims(node)[-1:])
     return found
+
+
+def _given(program: Program, node: fx.Node) -> bool:
+    """Whether a value comes from an input by calls on it alone, as token ids do and positions do not."""
+    while node.op == "call_function" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder" and program.param(node) is None
 
 
 def _by_call(axes: Axes) -> dict[str, Contraction]:
