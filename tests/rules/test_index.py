@@ -224,6 +224,7 @@ def test_assignment_to_a_slice_is_a_copy_into_a_part() -> None:
         x [a:5, (1 | b:2 | c:3)]
         y [a:5, b:2]
         -> [a:5, (1 | b:2 | c:3)]
+        zero: a b c
         """,
     )
 

@@ -205,6 +205,7 @@ def test_a_copy_in_place_broadcasts() -> None:
         x [a:5, b:4]
         y [b:4]
         -> [a:5, b:4]
+        zero: b
         """,
     )
 
@@ -240,5 +241,56 @@ def test_what_is_not_written_to_stays_zero() -> None:
         -> [a:5, b:4]
         -> [a:5, b:4]
         zero: -, a b
+        """,
+    )
+
+
+def test_what_was_read_before_a_write_was_zero() -> None:
+    def add(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = x.clone()
+        before = whole * 2
+        whole[:, :3].add_(1.0)
+        return before, whole * 2
+
+    expect(
+        typed(add, x=(5, 7)),
+        """
+        x [a:5, (b:3 | c:4)]
+        -> [a:5, (b:3 | c:4)]
+        -> [a:5, (b:3 | c:4)]
+        zero: a b c, c
+        """,
+    )
+
+
+def test_a_view_taken_before_a_write_sees_it() -> None:
+    def add(x: torch.Tensor) -> torch.Tensor:
+        whole = x.clone()
+        view = whole.T
+        whole.add_(1.0)
+        return view * 2
+
+    expect(
+        typed(add, x=(5, 7)),
+        """
+        x [a:5, b:7]
+        -> [b:7, a:5]
+        """,
+    )
+
+
+def test_a_write_of_zeros_keeps_zeros() -> None:
+    def scale(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        whole = x.clone()
+        whole[:, :3] *= y
+        return whole
+
+    expect(
+        typed(scale, x=(5, 7), y=(3,)),
+        """
+        x [a:5, (b:3 | c:4)]
+        y [b:3]
+        -> [a:5, (b:3 | c:4)]
+        zero: a b c
         """,
     )

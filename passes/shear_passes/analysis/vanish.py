@@ -63,7 +63,9 @@ class _Walk:
         self.by_call: dict[str, list[Contraction]] = {}
         for contraction in axes.contractions:
             self.by_call.setdefault(contraction.node.name, []).append(contraction)
-        self.mutated = _mutated(axes)
+        # Values that may lie in the same memory, by the first of them.
+        self.home: dict[str, str] = {}
+        self.sharing: dict[str, list[str]] = {}
         self._distinct: dict[int, tuple[Axis, ...]] = {}
 
     def run(self) -> Zeros:
@@ -71,12 +73,28 @@ class _Walk:
         for node in self.program.nodes:
             if node.op == "output":
                 continue
-            self.zero[node.name] = _NOTHING if node.name in self.mutated else self._of(node)
+            self.zero[node.name] = self._of(node)
+            self._settle(node)
             self._check_poles(node)
             for contraction in self.by_call.get(node.name, ()):
                 contracted.update(a for dim in contraction.over for a in atoms(dim))
                 self._check(contraction)
+            for written in _written(node):
+                self._write(node, written)
         return Zeros(self.zero, frozenset(contracted))
+
+    def _settle(self, node: fx.Node) -> None:
+        """Note whose memory the value lies in."""
+        source = node.args[0] if _shares(self.axes, node) else None
+        home = self.home.get(source.name, source.name) if isinstance(source, fx.Node) else node.name
+        self.home[node.name] = home
+        self.sharing.setdefault(home, []).append(node.name)
+
+    def _write(self, node: fx.Node, written: fx.Node) -> None:
+        """What lies in the memory that a call writes to is zero only where what it writes is zero, too."""
+        lost = self.carried(self.axes.dims(written)).keys() - self.zero[node.name]
+        for name in self.sharing[self.home[written.name]] if lost else ():
+            self.zero[name] -= lost
 
     def carried(self, dims: Iterable[Dim]) -> Counts:
         """How many of the dims each atom occurs in."""
@@ -166,7 +184,9 @@ class _Walk:
         """A removed entry that is zero may not be divided by: no factor of zero makes infinity zero again."""
         for place in _POLES.get(_base_name(node), ()):
             operand = node.args[place]
-            if not isinstance(operand, fx.Node) or (_base_name(node) == "pow" and _positive(node.args[1])):
+            if not isinstance(operand, fx.Node) or (
+                _base_name(node) == "pow" and _positive(node.args[1], or_zero=True)
+            ):
                 continue
             for atom in self.zero.get(operand.name, _NOTHING):
                 freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}")
@@ -177,20 +197,8 @@ def _base_name(node: fx.Node) -> str:
     return [*op_name(node).split("."), ""][1].removesuffix("_")
 
 
-def _positive(exponent: Any) -> bool:
-    return isinstance(exponent, int | float) and exponent > 0
-
-
-def _mutated(axes: Axes) -> set[str]:
-    """Names of values that some call writes to in place, and of the values they are views of."""
-    found: set[str] = set()
-    for node in axes.program.calls():
-        for written in _written(node):
-            place: Any = written
-            while isinstance(place, fx.Node) and place.name not in found:
-                found.add(place.name)
-                place = place.args[0] if _shares(axes, place) else None
-    return found
+def _positive(exponent: Any, or_zero: bool = False) -> bool:
+    return isinstance(exponent, int | float) and (exponent > 0 or (or_zero and exponent == 0))
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
@@ -207,4 +215,6 @@ def _shares(axes: Axes, node: fx.Node) -> bool:
     """Whether a value may lie in the memory of its first argument: a view, a write in place, or a call unknown here."""
     if node.op != "call_function" or not node.args:
         return False
-    return any(_written(node)) or axes.vanish.get(node.name) is Vanish.MOVED or node.name in axes.barriers
+    schema = getattr(node.target, "_schema", None)
+    view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return view or axes.vanish.get(node.name) is Vanish.MOVED or node.name in axes.barriers

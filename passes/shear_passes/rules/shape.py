@@ -144,4 +144,5 @@ def copy_(site: Site, x: Dims, source: Dims, *_: Any) -> Dims:
     for mine, other in zip(reversed(x), reversed(source), strict=False):
         if other.size != 1:
             site.equate(mine, other)
+    site.contract([], [(1, source)])
     return x
