@@ -205,7 +205,9 @@ def _compact(text: str) -> str:
 
 
 _Count = Annotated[int, Field(ge=0)]
-_Spans = list[tuple[_Count, _Count]]
+# No dim of a tensor is as large as that; a file that says otherwise must not make us build such a list.
+_Index = Annotated[int, Field(ge=0, le=2**24)]
+_Spans = list[tuple[_Index, _Index]]
 
 
 class _Strict(BaseModel):
@@ -222,7 +224,7 @@ class _CostsDocument(_Strict):
 class _CutDocument(_Strict):
     group: str
     kind: str
-    size: _Count
+    size: _Index
     kept: _Spans
     module: str = ""
     reason: str = ""

@@ -26,7 +26,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
 from shear_passes.rewrite.shear import cut_tensor, shear_program
-from shear_passes.select.build import masks_of
+from shear_passes.select.build import checked_masks
 
 RECORD = "shear_record"
 
@@ -53,9 +53,8 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     Raises ``PlanError`` for a plan of another model and ``ShearingError`` when no setting of the modules' attributes
     computes the sheared graph's function.
     """
-    plan.require(groups.program.digest)
     _require_exact(model)
-    masks = masks_of(groups, plan.cuts)
+    masks = checked_masks(groups, plan)
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
     judge = _Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
@@ -66,7 +65,7 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
             return _recorded(small, model, plan, recipe)
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
-        f"{judge.last}: use the graph backend, or other kinds"
+        f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
     )
 
 
@@ -213,7 +212,7 @@ class _Judge:
         self.plan = plan
         self.program: Program = shear_program(groups, plan)
         self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-        self.last = ""
+        self.why = ""  # what speaks against the first candidate, the likeliest
         if not self.meta:
             named = tensors_of(model)
             owned = {p.name for p in self.program.params.values() if p.kind != "constant"}
@@ -230,9 +229,11 @@ class _Judge:
             with evaluation(small), torch.no_grad():
                 gap = difference(self.expected, run(small, self.feed))
         except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
-            self.last = f" ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
+            self.why = (
+                self.why or f" ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
+            )
             return False
-        self.last = f" (outputs differ by {gap:.3g})"
+        self.why = self.why or f" (outputs differ by {gap:.3g})"
         tolerance = TOLERANCE if self.expected[0].dtype in (torch.float32, torch.float64) else 0.05
         return gap <= tolerance * self.scale
 

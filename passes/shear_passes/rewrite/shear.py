@@ -19,7 +19,7 @@ from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.rules.registry import entry_of
 from shear_passes.rules.resizing import Change
-from shear_passes.select.build import Selection, masks_of
+from shear_passes.select.build import Selection, checked_masks
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,9 @@ class Shear(Rewrite):
 def shear_program(groups: Groups, plan: Plan) -> Program:
     """The program with the plan applied; the verifier checks that it computes what its types say.
 
-    Raises ``PlanError`` for a plan that was made for another model.
+    Raises ``PlanError`` for a plan that was made for another model or that contradicts itself.
     """
-    plan.require(groups.program.digest)
-    return _Rewriter(groups.program, groups.axes, masks_of(groups, plan.cuts)).run()
+    return _Rewriter(groups.program, groups.axes, checked_masks(groups, plan)).run()
 
 
 def cut_tensors(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

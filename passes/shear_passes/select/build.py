@@ -51,11 +51,28 @@ def build_plan(
     )
 
 
+def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
+    """The masks of a plan that may have been edited.
+
+    Raises ``PlanError`` unless it was made for these shapes and its index maps are those of its cuts.
+    """
+    plan.require(groups.program.digest)
+    masks = masks_of(groups, plan.cuts)
+    expected = _kept(groups, masks)
+    for name in dict.fromkeys((*expected, *plan.kept)):
+        mine, given = expected.get(name, {}), plan.kept.get(name, {})
+        if mine.keys() != given.keys() or any(not np.array_equal(mine[d], given[d]) for d in mine):
+            raise PlanError(f"the plan contradicts itself: what it keeps of {name} is not what its cuts leave")
+    return masks
+
+
 def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Mask]:
     """Which units of each axis stay; raises ``PlanError`` for a cut that does not fit the groups."""
     masks: dict[Axis, Mask] = {}
     for cut in cuts:
         group = groups.by_name.get(cut.group)
+        if group is not None and group.axis in masks:
+            raise PlanError(f"the plan cuts {cut.group} twice")
         if group is None or group.size != cut.size or group.kind != cut.kind:
             found = f"has {group.size} {group.kind} units" if group else "does not exist"
             raise PlanError(f"the plan cuts {cut.group} ({cut.size} {cut.kind} units), which in this model {found}")
