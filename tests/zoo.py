@@ -115,13 +115,14 @@ class ConcatAndSplit(nn.Module):
         self.right = nn.Linear(18, 16)
         self.joined = nn.Linear(26, 18)
         self.both = nn.Linear(18, 44)
-        self.gated = nn.Linear(22, 18)
+        self.width = 22
+        self.gated = nn.Linear(self.width, 18)
         self.head = nn.Linear(18, 14)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         x = x + self.joined(torch.cat([torch.relu(self.left(x)), self.right(x)], dim=-1))
-        gate, up = self.both(x).split(22, dim=-1)
+        gate, up = self.both(x).split(self.width, dim=-1)
         x = x + self.gated(torch.tanh(gate) * up)
         return self.head(x)
 

@@ -16,9 +16,11 @@ from shear_ir.errors import SaveError, ShearError
 
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise ``SaveError`` when ``out`` may not be written: it exists, or its parent does not."""
+    if out.is_symlink():
+        raise SaveError(f"{out} is a link: name the folder itself")
     if out.exists() and not force:
         raise SaveError(f"{out} exists already: choose another folder, or --force to replace it")
-    if out.exists() and (not out.is_dir() or out.is_symlink()):
+    if out.exists() and not out.is_dir():
         raise SaveError(f"{out} is not a folder")
     if out.exists() and any(out.iterdir()) and not (out / "shear_ir.json").exists():
         raise SaveError(f"{out} was not written by shear-ir, so it is not replaced even with --force")

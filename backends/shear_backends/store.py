@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -138,13 +138,47 @@ def _loading(model: nn.Module) -> dict[str, Any]:
     return {"dtype": next(model.parameters()).dtype, **{name: value for name, value in chosen.items() if value}}
 
 
+def _check(folder: Path, dense: nn.Module, record: Record) -> None:
+    """Refuse a record that would set anything but the sizes that modules and their configs already have."""
+    for path, values in record.attributes.items():
+        module = _submodule(folder, dense, path)
+        for name, value in values.items():
+            owner, _, leaf = name.rpartition(".")
+            holder = getattr(module, owner, None) if owner else module
+            known = vars(holder).get(leaf) if owner in ("", "config") and holder is not None else None
+            sizes = value if isinstance(value, list) else [value]
+            if leaf.startswith("_") or not isinstance(known, int | tuple | list) or isinstance(known, bool):
+                raise LoadError(f"{folder / RECORD_FILE} sets {path}.{name}, which is no size of that module")
+            if any(not 0 < size <= 2**24 for size in sizes):
+                raise LoadError(f"{folder / RECORD_FILE} sets {path}.{name} to {value}, which is no size")
+    for gather in record.gathers:
+        _submodule(folder, dense, gather.module)
+        if gather.period < 1 or not gather.kept or not all(0 <= i < gather.period for i in gather.kept):
+            raise LoadError(f"{folder / RECORD_FILE} gathers entries of {gather.module} that cannot be there")
+    for norm in record.norms:
+        _submodule(folder, dense, norm.module)
+        if not 1.0 <= norm.factor <= 2**24:
+            raise LoadError(f"{folder / RECORD_FILE} scales {norm.module} by {norm.factor}, which no cut does")
+
+
+def _submodule(folder: Path, dense: nn.Module, path: str) -> nn.Module:
+    try:
+        return dense.get_submodule(path)
+    except AttributeError as failure:
+        raise PlanError(f"{folder} holds another model than {type(dense).__name__}: it has no {path}") from failure
+
+
 def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
+    _check(folder, dense, record)
     try:
         recipe = Recipe(None, record.attributes, record.norms, record.gathers)
         small = build(dense, cut_by_id(dense, record.plan.kept), recipe)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
-    found = small.load_state_dict(_tensors(folder), strict=False, assign=True)
+    try:
+        found = small.load_state_dict(_tensors(folder), strict=False, assign=True)
+    except RuntimeError as failure:
+        raise LoadError(f"{folder} does not fit its record: {str(failure).splitlines()[-1].strip()}") from failure
     if hasattr(small, "tie_weights"):
         small.tie_weights()  # type: ignore[operator]
     shared = _shared_names(dense)
@@ -228,7 +262,7 @@ class _GatherDocument(_Strict):
 
 
 class _RecordDocument(_Strict):
-    format: str
+    format: Literal["shear-ir record 1"]
     model_class: str
     stock: bool
     config: dict[str, Any] | None

@@ -141,3 +141,23 @@ def test_repeat_interleave_of_a_flattened_tensor_is_not_followed() -> None:
         a b c: repeat_interleave of a flattened tensor at %repeat_interleave_self_int = aten.repeat_interleave.self_int
         """,
     )
+
+
+def test_copies_counted_by_an_axis_that_is_there_already_are_not_zero() -> None:
+    """What is laid out along rows and along columns is zero in the removed rows alone."""
+    expect(
+        typed(lambda x: x.unsqueeze(1).expand(5, 5) * x, x=(5,)),
+        """
+        x [a:5]
+        -> [a:5, a:5]
+        """,
+    )
+    expect(
+        typed(lambda x, y: x.repeat(5).view(5, 5) + y.unsqueeze(-1) * x, x=(5,), y=(5,)),
+        """
+        x [a:5]
+        y [b:5]
+        -> [b:5, a:5]
+        zero: a
+        """,
+    )

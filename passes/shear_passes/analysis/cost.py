@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from shear_ir.axes import Axis, Dim, Product, evaluate, resolve
+from shear_ir.axes import Axis, Dim, Product, atoms, evaluate, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.plans import Costs
 from shear_ir.program import Program
@@ -93,12 +93,14 @@ class CostModel:
         scores, mixes = attention_products(self.axes, self.zeros)
         # Keys are the second factor of the scores; values the last of the mixes.
         kept = [(made.operands[1], made.over) for made in scores]
-        kept += [(made.operands[-1], ()) for made in mixes if len(made.operands) == 1 or made.operands]
+        kept += [(made.operands[-1], ()) for made in mixes]
         total = 0
         for operand, over in kept:
             live = self.zeros.of_node.get(operand.node.name, frozenset())
             kind = self.program.type(operand.node)
-            width = _volume((*operand.free, *over), lambda a, live=live: size(a) if a in live else 1)  # type: ignore[misc]
+            # Dims without such an atom are batch and positions, however they are composed.
+            dims = [d for d in (*operand.free, *over) if any(a in live for a in atoms(d))]
+            width = _volume(dims, lambda a, live=live: size(a) if a in live else 1)  # type: ignore[misc]
             total += width * (kind.dtype.itemsize if kind and live else 0)
         return total
 

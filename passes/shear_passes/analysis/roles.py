@@ -209,6 +209,7 @@ class _Attention:
         scores, mixes = attention_products(axes, zeros)
         for made in scores:
             self._score(made, zeros)
+        self._shared([*scores, *mixes], mixes, zeros)
         for made in mixes:
             self._mix(made, zeros)
 
@@ -217,6 +218,16 @@ class _Attention:
         left, right = (_atoms(o.free) & zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
         self.kv_heads |= left & right
         self.query_groups |= left ^ right
+
+    def _shared(self, products: Sequence[Contraction], mixes: Sequence[Contraction], zeros: Zeros) -> None:
+        """Axes that both factors carry are heads, also where a norm hid the zeros of queries and keys from us.
+
+        The values, which no norm touches, tell kv heads from copies made by expand.
+        """
+        pairs = [made.operands for made in products if len(made.operands) == 2]
+        shared = {a for left, right in pairs for a in _atoms(left.free) & _atoms(right.free)}
+        valued = {a for made in mixes for a in zeros.of_node.get(made.operands[-1].node.name, frozenset())}
+        self.kv_heads |= (shared & valued) - self.query_groups
 
     def _mix(self, made: Contraction, zeros: Zeros) -> None:
         heads = self.kv_heads | self.query_groups

@@ -7,6 +7,7 @@ with f(0) != 0 lose it. A contraction that cannot show it freezes its axis.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +26,25 @@ Counts = dict[Axis, int]
 
 _POLES = {
     **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder"), (1,)),
-    **dict.fromkeys(("reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow"), (0,)),
+    **dict.fromkeys(
+        ("reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow", "float_power"), (0,)
+    ),
     "addcdiv": (2,),
 }
 """Operators that are infinite or undefined where one of their arguments is zero, and the place of that argument."""
+
+_COPIES = {"clone", "cat", "concat", "stack", "pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "flip"}
+"""Operators that move elements to memory of their own."""
+
+_REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
+"""Operators that count copies of elements by an axis of its own, which may prove to be one that is already there."""
 
 _NOTHING: Atoms = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
 class Zeros:
-    """``of_node``: the atoms at whose removed indices a node's value is zero in the masked model.
+    """``of_node``: the atoms at whose removed indices a node's value is zero in the masked model, as it was made.
 
     ``contracted``: the atoms that some operator sums over.
     """
@@ -59,6 +68,8 @@ class _Walk:
     def __init__(self, program: Program, axes: Axes) -> None:
         self.program = program
         self.axes = axes
+        self.made: dict[str, Atoms] = {}
+        # As ``made``, after the writes in place that came since.
         self.zero: dict[str, Atoms] = {}
         self.by_call: dict[str, list[Contraction]] = {}
         for contraction in axes.contractions:
@@ -73,7 +84,7 @@ class _Walk:
         for node in self.program.nodes:
             if node.op == "output":
                 continue
-            self.zero[node.name] = self._of(node)
+            self.zero[node.name] = self.made[node.name] = self._of(node)
             self._settle(node)
             self._check_poles(node)
             for contraction in self.by_call.get(node.name, ()):
@@ -81,7 +92,7 @@ class _Walk:
                 self._check(contraction)
             for written in _written(node):
                 self._write(node, written)
-        return Zeros(self.zero, frozenset(contracted))
+        return Zeros(self.made, frozenset(contracted))
 
     def _settle(self, node: fx.Node) -> None:
         """Note whose memory the value lies in."""
@@ -149,7 +160,15 @@ class _Walk:
                 carried = set(self.carried(dims))
                 found |= carried & zero
                 broken |= carried - zero
-        return frozenset(a for a in found - broken if a in out)
+        stays = frozenset(a for a in found - broken if a in out)
+        return stays - self._counted_copies(node) if stays and _base_name(node) in _REPEATS else stays
+
+    def _counted_copies(self, node: fx.Node) -> Atoms:
+        """The atoms that turned out to count copies: a copy is not zero for standing at a removed place."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = (Counter(a for dim in self.axes.dims(n) for a in atoms(dim)) for n in (source, node))
+        return frozenset((after - before).keys())
 
     def _first(self, node: fx.Node, out: Counts) -> Atoms:
         first = node.args[0] if node.args else None
@@ -185,7 +204,7 @@ class _Walk:
         for place in _POLES.get(_base_name(node), ()):
             operand = node.args[place]
             if not isinstance(operand, fx.Node) or (
-                _base_name(node) == "pow" and _positive(node.args[1], or_zero=True)
+                _base_name(node) in ("pow", "float_power") and _positive(node.args[1], or_zero=True)
             ):
                 continue
             for atom in self.zero.get(operand.name, _NOTHING):
@@ -217,4 +236,5 @@ def _shares(axes: Axes, node: fx.Node) -> bool:
         return False
     schema = getattr(node.target, "_schema", None)
     view = schema is not None and any(r.alias_info is not None for r in schema.returns)
-    return view or axes.vanish.get(node.name) is Vanish.MOVED or node.name in axes.barriers
+    moved = axes.vanish.get(node.name) is Vanish.MOVED and _base_name(node) not in _COPIES
+    return view or moved or node.name in axes.barriers

@@ -15,6 +15,8 @@ def criterion(name: str, seed: int = 0) -> Importance:
     """The criterion of this name; raises ``PlanError`` listing the names there are."""
     if name not in CRITERIA:
         raise PlanError(f"there is no importance criterion '{name}'; there are {', '.join(sorted(CRITERIA))}")
+    if seed < 0:
+        raise PlanError(f"a seed is a number from 0 up, not {seed}")
     return Random(seed) if name == "random" else CRITERIA[name]()
 
 

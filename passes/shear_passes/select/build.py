@@ -76,6 +76,8 @@ def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Ma
         if group is None or group.size != cut.size or group.kind != cut.kind:
             found = f"has {group.size} {group.kind} units" if group else "does not exist"
             raise PlanError(f"the plan cuts {cut.group} ({cut.size} {cut.kind} units), which in this model {found}")
+        if not len(cut.kept):
+            raise PlanError(f"the plan removes all {cut.size} units of {cut.group}")
         stays = np.zeros(cut.size, dtype=bool)
         stays[cut.kept] = True
         masks[group.axis] = stays

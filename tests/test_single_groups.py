@@ -1,0 +1,97 @@
+"""Every group of every family on its own: one unit goes, then half of them."""
+
+from __future__ import annotations
+
+import pytest
+
+import shear_ir as sir
+from shear_passes.analysis.find_groups import Group
+from tests.roads import Traced, traced, units
+from tests.zoo import FAMILIES
+
+WHOLE = ("ffn", "kv_head", "query_group", "conv_channel")
+# What the modules of one model may share in a single attribute, so that one layer cannot change alone.
+SHARED = ("head_dim", "rotary_pair")
+
+# Groups the module backend cannot cut, because forward or a kernel takes a number from elsewhere.
+REFUSED = {
+    ("concat_and_split", "ffn"): "split",
+    ("mixtral", "ffn"): "multiple of 16 bytes",
+    ("olmoe", "ffn"): "multiple of 16 bytes",
+}
+
+
+def ends(family: Traced, kind: str) -> list[Group]:
+    """The first and the last group of this kind."""
+    able = family.able(kind)
+    return list(dict.fromkeys([*able[:1], *able[-1:]]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_group_of_the_first_and_last_layer_goes_alone_in_the_graph(name: str) -> None:
+    family = traced(name)
+    tried = [g for kind in (*WHOLE, *SHARED) for g in ends(family, kind)]
+    assert tried
+    moved = [_checked(family, group, share) for group in tried for share in (0.0, 0.5)]
+    assert max(moved) > 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_group_goes_alone_in_the_graph(name: str) -> None:
+    family = traced(name)
+    for group in family.groups:
+        if group.prunable and group.size > 1:
+            for share in (0.0, 0.5):
+                _checked(family, group, share)
+
+
+def _checked(family: Traced, group: Group, share: float) -> float:
+    plan = family.without({group: units(group, share)})
+    report = family.report(family.graph(plan), plan)
+    assert report.sound, f"{group.name}: {report}"
+    return report.moved
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_half_of_the_last_layers_heads_or_channels_go_alone_in_the_modules(name: str) -> None:
+    family = traced(name)
+    for kind in WHOLE:
+        for group in ends(family, kind)[-1:]:
+            _sheared(name, family, group, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_group_goes_alone_in_the_modules(name: str) -> None:
+    family = traced(name)
+    for kind in WHOLE:
+        for group in family.able(kind):
+            for share in (0.0, 0.5):
+                _sheared(name, family, group, share)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_channels_go_alone_in_the_modules_or_are_refused(name: str) -> None:
+    family = traced(name)
+    for kind in SHARED:
+        for group in ends(family, kind):
+            plan = family.without({group: units(group, 0.5)})
+            try:
+                small = sir.shear(family.model, plan)
+            except sir.ShearingError as refusal:
+                assert "use the graph backend" in str(refusal)
+            else:
+                assert family.report(small, plan).sound
+
+
+def _sheared(name: str, family: Traced, group: Group, share: float) -> None:
+    plan = family.without({group: units(group, share)})
+    try:
+        small = sir.shear(family.model, plan)
+    except sir.ShearingError as refusal:
+        assert REFUSED.get((name, group.kind), "nothing to refuse") in str(refusal), f"{group.name}: {refusal}"
+    else:
+        report = family.report(small, plan)
+        assert report.sound, f"{group.name}: {report}"
