@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +18,11 @@ from tests.zoo import FAMILIES
 
 RATIO = {"depthwise_separable": 0.14}  # its widest channels are held by the residual stream
 
-# Families whose forward takes a number from nowhere but its own code; the graph backend does them.
-REFUSED = {"concat_and_split": "forward splits the fused projection at the literal 22"}
-
 # Families that no config of their class can say after the cut; all others reload by the stock class, bit for bit.
 NOT_STOCK = {
     # No transformers models
     "mlp": "a plain module",
+    "concat_and_split": "a plain module",
     "resnet": "a plain module",
     "depthwise_separable": "a plain module",
     # head_dim is hidden / heads and cannot be set: fewer heads would be wider ones
@@ -87,12 +84,12 @@ def kinds_of(family: Traced) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def road(request: pytest.FixtureRequest) -> Iterator[Road]:
+def road(request: pytest.FixtureRequest) -> Road:
     family = traced(request.param)
     ratio = RATIO.get(request.param, 0.25)
     # Experts are run by products of groups, which want rows of a multiple of 16 bytes.
     plan = sir.plan(family.program, ratio=ratio, kinds=kinds_of(family), importance="random", round_to=4)
-    yield Road(request.param, family, plan)
+    return Road(request.param, family, plan)
 
 
 def test_the_graph_backend_computes_the_masked_original(road: Road) -> None:
@@ -103,10 +100,6 @@ def test_the_graph_backend_computes_the_masked_original(road: Road) -> None:
 
 
 def test_the_module_backend_computes_the_masked_original(road: Road) -> None:
-    if road.name in REFUSED:
-        with pytest.raises(sir.ShearingError, match="use the graph backend"):
-            sir.shear(road.model, road.plan)
-        return
     assert type(road.module) is type(road.model)
     report = road.verified(road.module)
     assert report.max_abs_diff <= 1e-5
@@ -119,8 +112,7 @@ def test_all_kinds_lose_units_and_the_parameters_are_really_gone(road: Road) -> 
     # A parameter that forward never reads is in no graph.
     unread = sum(p.numel for n, p in road.traced.program.params.items() if not _read(road, n) and p.kind == "parameter")
     assert counted(road.graph) == road.plan.after.parameters - unread
-    if road.name not in REFUSED:
-        assert counted(road.module) == road.plan.after.parameters
+    assert counted(road.module) == road.plan.after.parameters
 
 
 def _read(road: Road, name: str) -> bool:
@@ -128,8 +120,6 @@ def _read(road: Road, name: str) -> bool:
 
 
 def test_a_saved_model_loads_identically(road: Road, tmp_path: Path) -> None:
-    if road.name in REFUSED:
-        return
     expected = outputs(road.module, road.traced.feed)
     saved = sir.save(road.module, tmp_path / "out")
     assert saved.stock == (road.name not in NOT_STOCK), saved.note
@@ -148,7 +138,7 @@ def _alike(model: nn.Module, dense: nn.Module) -> nn.Module:
 
 
 def test_generation_with_a_cache_is_greedy_decoding_by_the_masked_original(road: Road) -> None:
-    if road.name in REFUSED or not getattr(road.model, "can_generate", bool)():
+    if not getattr(road.model, "can_generate", bool)():
         pytest.skip("makes no text")
     # T5's own cache has as many layers as the encoder: it fails when the decoder has more, dense or not.
     cache = "t5" not in road.name

@@ -173,7 +173,9 @@ class TestNothingToRemove:
             sir.plan(traced("llama_gqa").program, ratio=1e-4)
 
     def test_a_ratio_above_what_can_go_says_what_can(self) -> None:
-        with pytest.raises(sir.PlanError, match=r"a ratio of 0.9 cannot be reached: .* at most 0\.\d+ of the parameters"):
+        with pytest.raises(
+            sir.PlanError, match=r"a ratio of 0.9 cannot be reached: .* at most 0\.\d+ of the parameters"
+        ):
             sir.plan(traced("llama_gqa").program, ratio=0.9)
 
     def test_a_pattern_that_matches_nothing_is_an_error(self) -> None:

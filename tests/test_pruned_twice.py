@@ -13,7 +13,19 @@ from tests.roads import outputs, same, trace, traced
 from tests.test_families import kinds_of
 from tests.zoo import FAMILIES
 
-SEVERAL = ("mlp", "resnet", "llama_gqa", "qwen3", "phi3", "gpt2", "falcon_mqa", "bloom", "mixtral_batched", "bert", "t5")
+SEVERAL = (
+    "mlp",
+    "resnet",
+    "llama_gqa",
+    "qwen3",
+    "phi3",
+    "gpt2",
+    "falcon_mqa",
+    "bloom",
+    "mixtral_batched",
+    "bert",
+    "t5",
+)
 
 
 def twice(model: nn.Module, kinds: list[str], **options: object) -> tuple[Plan, nn.Module, Plan, nn.Module]:

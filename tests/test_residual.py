@@ -29,7 +29,9 @@ def test_llama_keeps_its_width_unless_asked() -> None:
 
 def test_a_centring_norm_refuses_and_says_why() -> None:
     assert "layer normalisation runs over the axis and centres it, which no rescaling can mend" in width("gpt2")
-    with pytest.raises(sir.PlanError, match="residual cannot be cut: layer normalisation runs over the axis and centres"):
+    with pytest.raises(
+        sir.PlanError, match="residual cannot be cut: layer normalisation runs over the axis and centres"
+    ):
         sir.plan(traced("gpt2").program, ratio=0.1, kinds=["residual"])
 
 
