@@ -134,7 +134,7 @@ class _Run(fx.Interpreter):
                 return _snapshot(value)
             dims = self.axes.dims(operand)
             stays = self._stays(dims, value.shape)
-            zero = ~self._stays(dims, value.shape, self.zeros.of_node.get(operand.name, frozenset()))
+            zero = ~self._stays(dims, value.shape, self.zeros.made.get(operand.name, frozenset()))
             where = ~stays & ~zero
             return torch.where(where, self._noise(value), value) if bool(where.any()) else value.clone()
 
@@ -171,7 +171,7 @@ class _Run(fx.Interpreter):
         for value, other, dims in zip(_all(result), _all(disturbed), self.axes.of_node.get(node.name, []), strict=True):
             self.checked += 1
             stays = self._stays(dims, value.shape)
-            zero = ~self._stays(dims, value.shape, self.zeros.of_node.get(node.name, frozenset()))
+            zero = ~self._stays(dims, value.shape, self.zeros.made.get(node.name, frozenset()))
             if bool((value[zero] != 0).any()):
                 raise Unsound(f"entries said to be zero are not at {at}")
             if not _same(value[stays], other[stays]):

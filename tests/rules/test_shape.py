@@ -221,7 +221,6 @@ def test_what_a_view_writes_to_is_no_longer_zero() -> None:
         """
         x [a:5, (1 | 1) * b:6]
         -> [a:5, (1 | 1) * b:6]
-        zero: a b
         """,
     )
 

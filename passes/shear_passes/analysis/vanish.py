@@ -44,12 +44,14 @@ _NOTHING: Atoms = frozenset()
 
 @dataclass(frozen=True, eq=False)
 class Zeros:
-    """``of_node``: the atoms at whose removed indices a node's value is zero in the masked model, as it was made.
+    """``of_node``: the atoms at whose removed indices a node's value is zero in the masked model, and stays zero.
 
+    ``made``: those at which it was zero before any later call wrote to its memory.
     ``contracted``: the atoms that some operator sums over.
     """
 
     of_node: Mapping[str, Atoms]
+    made: Mapping[str, Atoms]
     contracted: Atoms
 
 
@@ -92,7 +94,7 @@ class _Walk:
                 self._check(contraction)
             for written in _written(node):
                 self._write(node, written)
-        return Zeros(self.made, frozenset(contracted))
+        return Zeros(self.zero, self.made, frozenset(contracted))
 
     def _settle(self, node: fx.Node) -> None:
         """Note whose memory the value lies in."""
