@@ -63,6 +63,15 @@ def check_calls(model: nn.Module, axes: Axes, zeros: Zeros, feed: Inputs, *, rou
         _Run(axes, zeros, kept, weights, seed).run(*(feed[name] for name in axes.program.inputs))
 
 
+def forget_outputs(axes: Axes) -> None:
+    """Lift what holds the output, so that everything it is made from can go as in the middle of a model."""
+    for results in axes.of_node.values():
+        for dims in results:
+            for atom in (a for d in dims for a in atoms(d)):
+                if atom.freeze and atom.freeze.reason.endswith("of an output of the model"):
+                    atom.freeze = None
+
+
 def _some(size: int, rng: np.random.Generator) -> Mask:
     stays = rng.random(size) < 0.6
     stays[rng.integers(size)] = True

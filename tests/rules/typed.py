@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shear_ir.axes import Axis, Dims, Hold, atoms, show
+from shear_ir.axes import Axis, Dims, Hold, show
 from shear_ir.frontend.export import trace
 from shear_ir.manager import AnalysisManager
 from shear_ir.program import operands
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.vanish import FindZeros, Zeros
-from tests.oracle.locality import check_calls
+from tests.oracle.locality import check_calls, forget_outputs
 
 
 class Expression(nn.Module):
@@ -45,19 +45,11 @@ def typed(call: Callable[..., Any], *, rounds: int = 3, **tensors: tuple[int, ..
     feed = {"unused": torch.zeros(2)}
     analyses = AnalysisManager(trace(model, feed))
     axes = analyses.get(InferAxes())
-    _forget_outputs(axes)
+    forget_outputs(axes)
     zeros = analyses.get(FindZeros())
     text = "\n".join(_lines(axes, zeros, list(tensors)))
     check_calls(model, axes, zeros, feed, rounds=rounds)
     return text
-
-
-def _forget_outputs(axes: Axes) -> None:
-    for results in axes.of_node.values():
-        for dims in results:
-            for atom in (a for d in dims for a in atoms(d)):
-                if atom.freeze and atom.freeze.reason.endswith("of an output of the model"):
-                    atom.freeze = None
 
 
 def _lines(axes: Axes, zeros: Zeros, names: list[str]) -> Iterator[str]:
