@@ -80,6 +80,8 @@ def greedy(model: nn.Module, plan: Plan, feed: Inputs, tokens: int) -> Tensor:
     """Greedy decoding by the masked original, the whole text anew for every token."""
     reference = masked(model, plan.kept)
     name = "decoder_input_ids" if "decoder_input_ids" in feed else "input_ids"
+    # Every position is real, and a mask of ones would have to grow with the text.
+    feed = {given: value for given, value in feed.items() if given != "attention_mask"}
     for _ in range(tokens):
         (logits,) = outputs(reference, feed)
         feed = {**feed, name: torch.cat([feed[name], logits[:, -1:].argmax(-1)], dim=1)}

@@ -35,7 +35,7 @@ def test_a_centring_norm_refuses_and_says_why() -> None:
         sir.plan(traced("gpt2").program, ratio=0.1, kinds=["residual"])
 
 
-NARROW = ("llama_gqa", "llama_mqa", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "mixtral", "olmo2", "t5")
+NARROW = ("llama_gqa", "llama_mqa", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "t5")
 
 
 @pytest.mark.parametrize("name", NARROW)
