@@ -56,6 +56,12 @@ MODELS = {
 ONCE = ("llama-405b",)
 LAYERS = (2, 4, 8, 16, 32, 64)
 WIDTHS = (256, 1024, 4096, 16384)
+PARTS = {
+    "models": "Models on the meta device",
+    "layers": "More layers of one width (hidden 2048)",
+    "widths": "Wider layers, eight of them",
+    "rivals": "Beside torch-pruning",
+}
 # torch-pruning walks channel indices and runs the model, so these have weights; the first is one it is told how to do.
 RIVALS = {
     "8 layers, 8 heads": Shape(512, 1408, 8, 8, 8, 8000),
@@ -283,56 +289,56 @@ def main(
     sizes: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(MODELS)}; all by default.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Measurements per model, of which the median counts.")] = 3,
     quick: Annotated[bool, typer.Option(help="Tiny models and one repeat.")] = False,
-    only: Annotated[str, typer.Option(help="Comma-separated, of: models, layers, widths, rivals.")] = "",
+    only: Annotated[str, typer.Option(help=f"Comma-separated, of: {', '.join(PARTS)}; all by default.")] = "",
     limit: Annotated[float, typer.Option(help="Seconds after which one measurement is given up.")] = 240.0,
     out: Annotated[Path, typer.Option(help="Folder for results.json, results.md and layers.svg.")] = HERE / "out",
 ) -> None:
-    """Measure, print tables, write them to a folder."""
+    """Measure, print tables, write them to a folder; parts that an earlier run left there stay."""
     chosen = [name for name in sizes.split(",") if name] or (["tiny"] if quick else list(MODELS))
-    parts = [name for name in only.split(",") if name] or ["models", "layers", "widths", "rivals"]
-    unknown = [name for name in chosen if name not in MODELS] + [p for p in parts if p not in PARTS]
+    parts = [name for name in only.split(",") if name] or list(PARTS)
+    unknown = [name for name in chosen if name not in MODELS] + [part for part in parts if part not in PARTS]
     if unknown:
         console.print(f"there is no {unknown[0]}; there are {', '.join((*MODELS, *PARTS))}", style="red")
         raise typer.Exit(2)
-    repeats = 1 if quick else repeats
-    # Wide models of few layers: the width costs nothing on the meta device.
-    deep = {f"{n} layers": Shape(2048, 5632, n, 32, 4, 32000) for n in (LAYERS[:2] if quick else LAYERS)}
-    wide = {f"hidden {n}": Shape(n, 11 * n // 4, 8, 16, 4, 32000) for n in (WIDTHS[:2] if quick else WIDTHS)}
-    rivals = dict(list(RIVALS.items())[:2] if quick else RIVALS)
-    before = load_average()
-    found: dict[str, list[Row]] = {}
-    with Progress(console=console, transient=True) as progress:
-        run = Runner(progress, limit)
-        road = ("export", "shear-ir")
-        if "models" in parts:
-            found["models"] = run.pairs("models", {name: MODELS[name] for name in chosen}, road, repeats)
-        if "layers" in parts:
-            found["layers"] = run.pairs("layers", deep, road, repeats)
-        if "widths" in parts:
-            found["widths"] = run.pairs("widths", wide, road, repeats)
-        if "rivals" in parts:
-            found["rivals"] = run.pairs("torch-pruning", rivals, ("shear-ir", "torch-pruning"), repeats, "cpu")
-    about = conditions(repeats, (before, load_average()))
-    tables = {PARTS[part]: (rival_table if part == "rivals" else road_table)(rows) for part, rows in found.items()}
-    for title, cells in tables.items():
-        show(title, cells)
-    console.print(sentence(about))
+    few = 2 if quick else None
+    shapes = {
+        "models": {name: MODELS[name] for name in chosen},
+        "layers": {f"{n} layers": Shape(2048, 5632, n, 32, 4, 32000) for n in LAYERS[:few]},
+        "widths": {f"hidden {n}": Shape(n, 11 * n // 4, 8, 16, 4, 32000) for n in WIDTHS[:few]},
+        "rivals": dict(list(RIVALS.items())[:few]),
+    }
     out.mkdir(parents=True, exist_ok=True)
-    document = {"conditions": about, **{part: [asdict(row) for row in rows] for part, rows in found.items()}}
-    (out / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join([*(markdown(title, cells) for title, cells in tables.items()), sentence(about), ""])
-    (out / "results.md").write_text(text, encoding="utf-8")
-    if "layers" in found:
-        plot(found["layers"], out / "layers.svg")
+    for part in parts:
+        before = load_average()
+        with Progress(console=console, transient=True) as progress:
+            subjects = ("shear-ir", "torch-pruning") if part == "rivals" else ("export", "shear-ir")
+            device = "cpu" if part == "rivals" else "meta"
+            rows = Runner(progress, limit).pairs(part, shapes[part], subjects, 1 if quick else repeats, device)
+        about = conditions(1 if quick else repeats, (before, load_average()))
+        show(PARTS[part], table_of(part, rows))
+        console.print(sentence(about), "\n", soft_wrap=True)
+        if part == "layers":
+            plot(rows, out / "layers.svg")
+        write(out, part, {"conditions": about, "rows": [asdict(row) for row in rows]}, table_of(part, rows))
     console.print(f"written to {out}")
 
 
-PARTS = {
-    "models": "Models on the meta device",
-    "layers": "More layers of one width (hidden 2048)",
-    "widths": "Wider layers, eight of them",
-    "rivals": "Beside torch-pruning",
-}
+def table_of(part: str, rows: Sequence[Row]) -> Cells:
+    """The table of one part."""
+    return rival_table(rows) if part == "rivals" else road_table(rows)
+
+
+def write(out: Path, part: str, measured: dict[str, Any], cells: Cells) -> None:
+    """Put one part into results.json and results.md beside those that are there."""
+    file = out / "results.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known[part] = {
+        **measured,
+        "markdown": markdown(PARTS[part], cells) + "\n" + sentence(measured["conditions"]) + "\n",
+    }
+    file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    texts = [known[name]["markdown"] for name in PARTS if name in known]
+    (out / "results.md").write_text("\n".join(texts), encoding="utf-8")
 
 
 if __name__ == "__main__":
