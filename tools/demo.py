@@ -250,10 +250,12 @@ def table(title: str, *columns: str) -> Table:
 
 def show_groups(groups: Any) -> None:
     """Groups of one kind in one line."""
-    made = Table(title="tiny-llama: what can go together", title_justify="left", show_edge=False)
+    made = Table(
+        title="tiny-llama: what can go together, and the parameters a unit has", title_justify="left", show_edge=False
+    )
     for column, side in (("kind", "left"), ("groups", "right"), ("units", "right"), ("tensors", "right"),
-                         ("parameters per unit", "right"), ("state", "left")):  # fmt: skip
-        made.add_column(column, justify=side, no_wrap=column == "state")  # type: ignore[arg-type]
+                         ("per unit", "right"), ("state", "left")):  # fmt: skip
+        made.add_column(column, justify=side, no_wrap=column != "state")  # type: ignore[arg-type]
     alike: dict[tuple[str, int, int, int, str], int] = {}
     for group in groups:
         if group.parameters_per_unit:
@@ -300,11 +302,11 @@ def show_encoder(rows: Sequence[Mapping[str, Any]], share: float) -> None:
     """How far similarities moved."""
     made = table(
         f"MiniLM: similarities of {rows[0]['pairs']} pairs of sentences, dense against pruned",
-        "share of the layers removed", "parameters", "of the model", "mean abs change", "Spearman", "verified to",
+        "of the layers", "of the model", "parameters", "mean abs change", "Spearman", "verified to",
     )  # fmt: skip
     for row in rows:
         made.add_row(
-            f"{row['share_of_layers']:.0%}", f"{row['parameters']['pruned']:,}", f"-{row['removed']:.1%}",
+            f"-{row['share_of_layers']:.0%}", f"-{row['removed']:.1%}", f"{row['parameters']['pruned']:,}",
             f"{row['mean_abs_change']:.3f}", f"{row['spearman']:.3f}", f"{row['max_abs_diff']:.2g}",
         )  # fmt: skip
     console.print(made)
