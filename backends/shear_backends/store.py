@@ -175,14 +175,15 @@ def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
         small = build(dense, cut_by_id(dense, record.plan.kept), recipe)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
+    tensors = _tensors(folder)
     try:
-        found = small.load_state_dict(_tensors(folder), strict=False, assign=True)
+        found = small.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as failure:
         raise LoadError(f"{folder} does not fit its record: {str(failure).splitlines()[-1].strip()}") from failure
     if hasattr(small, "tie_weights"):
         small.tie_weights()  # type: ignore[operator]
     shared = _shared_names(dense)
-    missing = [n for n in found.missing_keys if not shared.get(n, set()) & set(_tensors(folder))]
+    missing = [n for n in found.missing_keys if not shared.get(n, set()) & tensors.keys()]
     if missing or found.unexpected_keys:
         raise LoadError(f"{folder} does not fit its record: {(missing or found.unexpected_keys)[0]} is out of place")
     if any(t.is_meta for t in tensors_of(small).values()):
@@ -201,7 +202,8 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
-            found.update(load_file(file))
+            # Clones: what a file maps has any alignment, and some kernels round by alignment.
+            found.update({name: tensor.clone() for name, tensor in load_file(file).items()})
     except (SafetensorError, OSError) as failure:
         raise LoadError(f"{file} cannot be read: {failure}") from failure
     if not found:
