@@ -38,10 +38,9 @@ class Adapter:
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B, shapes ``(rank, in, ...)`` and ``(out, rank, ...)``."""
-        first, second = (self._part(self.layer.lora_A), self._part(self.layer.lora_B))
-        if first is None or second is None:
+        if self.name in self.layer.lora_embedding_A:
             return self.layer.lora_embedding_A[self.name], self.layer.lora_embedding_B[self.name]
-        return first.weight, second.weight
+        return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
 
     @property
     def weight(self) -> Tensor:
@@ -58,9 +57,6 @@ class Adapter:
                 return self.layer.get_delta_weight(self.name).float()  # type: ignore[no-any-return]
             made = self.scaling * (b.float() @ a.float())
             return made if self.row_dim == 0 else made.T
-
-    def _part(self, parts: Any) -> Any:
-        return parts[self.name] if self.name in parts else None
 
 
 def find_adapters(model: nn.Module) -> list[Adapter]:
