@@ -1,0 +1,293 @@
+"""LHSPG: LoRA half-space projected gradient, around any optimizer (LoRAShear, section 3 of the reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shear_ir.errors import PlanError
+from shear_ir.plans import Plan
+from shear_ir.training.saliency import DEFAULT_WEIGHTS, check_weights, saliency
+from shear_ir.training.schedule import Periods
+from shear_ir.training.units import Place, Units
+from shear_passes.analysis.find_groups import Groups
+
+
+class LHSPG(torch.optim.Optimizer):
+    """An optimizer that trains adapters while the chosen number of units of the base goes to exactly zero.
+
+    It steps ``optimizer`` (SGD, AdamW, ...) over the adapters' parameters. After each step the redundant units'
+    adapters are folded into their base slices, which shrink, and are zero at the end of their period; at a period's
+    end the adapters of the important units are merged into the base, and the least salient of them become redundant.
+
+    ``groups``: those of the traced model, with or without its adapters. ``targets``: group name to the number of its
+    units that become zero. ``compete``: only the sum of the targets over a kind counts and units of a kind compete
+    across layers; at least one stays in every group. Usable in any loop: ``zero_grad``, ``backward``, ``step``. Base
+    weights change too: save ``base_tensors()`` beside ``state_dict()``. Raises ``PlanError`` (see also ``Units``).
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, model: nn.Module, groups: Groups, targets: Mapping[str, int],
+        periods: Periods | None = None, *, criteria: Mapping[str, float] = DEFAULT_WEIGHTS, compete: bool = False,
+    ) -> None:  # fmt: skip
+        # Like accelerate's, this wrapper has no groups and no state of its own: Optimizer.__init__ would make some.
+        check_weights(criteria)
+        self.optimizer = optimizer
+        self.periods = periods or Periods()
+        self.criteria = dict(criteria)
+        self.compete = compete
+        self.targets = {name: count for name, count in targets.items() if count or compete}
+        self.step_count = 0
+        self._quotas: list[dict[str, int]] = []
+        self.units: Units | None = None
+        self._index: list[_Index] = []
+        if any(self.targets.values()):
+            self.units = Units(model, _targeted(groups, self.targets))
+            self.status = torch.zeros(self.units.count, dtype=torch.int16)
+            totals: dict[str, int] = {}
+            for group in self.units.groups:
+                totals[group.kind] = totals.get(group.kind, 0) + self.targets[group.name]
+            self._quotas = self.periods.quotas(totals)
+
+    @classmethod
+    def from_plan(
+        cls, optimizer: torch.optim.Optimizer, model: nn.Module, groups: Groups, plan: Plan,
+        periods: Periods | None = None, **options: Any,
+    ) -> LHSPG:  # fmt: skip
+        """As many units of each group as ``plan`` removes; which ones, training decides."""
+        return cls(optimizer, model, groups, {c.group: c.size - len(c.kept) for c in plan.cuts}, periods, **options)
+
+    @property
+    def total_units(self) -> int:
+        """K: how many units are zero at the end."""
+        return sum(self.targets.values())
+
+    @property
+    def redundant(self) -> Tensor:
+        """The units chosen so far, zero or on their way, as a mask of shape ``(units,)``."""
+        return self.status > 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every chosen unit is zero."""
+        return self.units is None or self.step_count >= self.periods.total
+
+    def zero_units(self) -> int:
+        """How many units are exactly zero in every tensor, adapters included; counted in the tensors."""
+        return 0 if self.units is None else int((~self.units.nonzero()).sum())
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The base tensors that LHSPG changes, by name: what a checkpoint must hold beside the optimizer's state."""
+        if self.units is None:
+            return {}
+        merged = {adapter.base: adapter.weight for adapter in self._merging()}
+        return {**{place.name: place.tensor for place in self.units.places}, **merged}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the optimizer inside."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """That of the optimizer inside."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the optimizer inside."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Pass on to the optimizer inside."""
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Pass on to the optimizer inside."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of the optimizer inside, then the projection."""
+        if self.units is not None and self.step_count == 0 and self.periods.warmup == 0:
+            self._choose(0)
+        loss: float | None = self.optimizer.step() if closure is None else self.optimizer.step(closure)
+        with torch.no_grad():
+            self._project()
+        self.step_count += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer inside and of the pruning; the base weights are in ``base_tensors``."""
+        mine: dict[str, Any] = {"step": self.step_count, "settings": self._settings()}
+        if self.units is not None:
+            mine["status"] = self.status.clone()
+        return {**self.optimizer.state_dict(), "lhspg": mine}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ``PlanError`` when the state is that of another schedule, other units or other criteria."""
+        mine = state_dict.get("lhspg")
+        if mine is None or mine["settings"] != self._settings():
+            raise PlanError("the saved state is of another LHSPG run: its targets, periods or criteria differ")
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "lhspg"})
+        self.step_count = int(mine["step"])
+        if self.units is not None:
+            self.status = mine["status"].clone().cpu()
+            self._index_places(self.periods.period(self.step_count))
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "targets": dict(self.targets), "periods": asdict(self.periods), "criteria": dict(self.criteria),
+            "compete": self.compete,
+        }  # fmt: skip
+
+    def _project(self) -> None:
+        step = self.step_count
+        if self.units is None:
+            return
+        if 0 <= self.periods.period(step) < self.periods.count:
+            self._shrink(self.units, self.periods.left(step))
+        self._hold_zeros()
+        if self.periods.ends(step):
+            score = saliency(self.units, self.criteria)
+            if step + 1 > self.periods.warmup:
+                self._merge()
+            following = self.periods.period(step + 1)
+            if following < self.periods.count:
+                self._choose(following, score)
+            else:
+                self._index_places(following)
+                self._require_zeros(self.units)
+
+    def _shrink(self, units: Units, left: int) -> None:
+        """One step of the redundant units: fold the adapters in, take ``1/left`` of the norm, zero what turned."""
+        squares = torch.zeros(units.count, device=units.device)
+        folded = torch.zeros(units.count, device=units.device)
+        for at in self._index:
+            if len(at.current):
+                base = at.place.tensor.index_select(at.place.dim, at.current).float()
+                delta = at.place.delta(at.current)
+                squares.index_add_(0, at.unit, _along(base * base, at.place.dim).to(units.device))
+                if delta is not None:
+                    folded.index_add_(0, at.unit, _along(base * delta, at.place.dim).to(units.device))
+        stays = 1.0 - 1.0 / left
+        # u = x + D and lam = |x| / left, so <u - lam x/|x|, x> = stays |x|^2 + <D, x>.
+        inner = stays * squares + folded
+        alive = (inner >= self.periods.eps * squares) & (squares > 0) & (left > 1)
+        for at in self._index:
+            if len(at.current):
+                place = at.place
+                new = stays * place.tensor.index_select(place.dim, at.current).float()
+                delta = place.delta(at.current)
+                new = new if delta is None else new + delta
+                mask = alive[at.unit].to(new.device).view([-1 if d == place.dim else 1 for d in range(new.dim())])
+                place.tensor.index_copy_(place.dim, at.current, torch.where(mask, new, 0.0).to(place.tensor.dtype))
+
+    def _hold_zeros(self) -> None:
+        """What is left of the redundant units' adapters is zero, with its optimizer state; so are trained bases."""
+        for at in self._index:
+            for adapter in at.place.adapters:
+                factor, dim = at.place.factor_dim(adapter)
+                self._fill(factor, dim, at.gone)
+            if at.place.tensor.requires_grad:
+                self._fill(at.place.tensor, at.place.dim, at.zero)
+
+    def _fill(self, param: Tensor, dim: int, index: Tensor) -> None:
+        param.index_fill_(dim, index, 0)
+        for value in self.optimizer.state.get(param, {}).values():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                value.index_fill_(dim, index, 0)
+
+    def _merging(self) -> list[Any]:
+        """The adapters of the tensors that units are in; those of frozen groups are merged by whoever ends the run."""
+        assert self.units is not None
+        touched = {adapter for place in self.units.places for adapter in place.adapters}
+        return [adapter for adapter in self.units.adapters if adapter in touched]
+
+    def _merge(self) -> None:
+        """``W += scaling · B·A``, ``B = 0`` and its optimizer state: the function stays the same, A too."""
+        for adapter in self._merging():
+            weight, b = adapter.weight, adapter.factors[1]
+            weight.data.copy_((weight.data.float() + adapter.delta()).to(weight.dtype))
+            self._fill(b, 0, torch.arange(b.shape[0], device=b.device))
+
+    def _choose(self, period: int, score: Tensor | None = None) -> None:
+        """The least salient important units become redundant, as many as the period takes."""
+        assert self.units is not None
+        with torch.no_grad():
+            score = (saliency(self.units, self.criteria) if score is None else score).cpu()
+        room = torch.cat([
+            torch.full((g.size,), g.size - 1 if self.compete else self.targets[g.name]) for g in self.units.groups
+        ])  # fmt: skip
+        group = torch.cat([torch.full((g.size,), i) for i, g in enumerate(self.units.groups)])
+        room -= torch.bincount(group[self.redundant], minlength=len(self.units.groups))[group]
+        for kind, numbers in self.units.kinds().items():
+            free = numbers[self.status[numbers] == 0]
+            order = free[torch.argsort(score[free], stable=True)]
+            # Of each group no more than it has room for: its place in the order is its count so far.
+            ranks = _rank_within(group[order])
+            able = order[ranks < room[order]]
+            self.status[able[: self._quotas[period][kind]]] = period + 1
+        self._index_places(period)
+
+    def _index_places(self, period: int) -> None:
+        """Where the redundant units lie in the coming period; computed once a period."""
+        assert self.units is not None
+        none = torch.tensor([False])  # the last entry, which owner -1 reads
+        current = torch.cat([(self.status == period + 1) & self.redundant, none])
+        gone = torch.cat([self.redundant, none])
+        self._index = [_Index.of(place, current, gone) for place in self.units.places]
+
+    def _require_zeros(self, units: Units) -> None:
+        alive = units.nonzero().cpu() & self.redundant
+        if bool(alive.any()) or int(self.redundant.sum()) != self.total_units:
+            raise RuntimeError(f"{int(alive.sum())} of {self.total_units} redundant units are not zero")
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Indices of a place: of the units that shrink in this period, of all redundant ones, of those already zero."""
+
+    place: Place
+    current: Tensor
+    unit: Tensor
+    gone: Tensor
+    zero: Tensor
+
+    @classmethod
+    def of(cls, place: Place, current: Tensor, gone: Tensor) -> _Index:
+        owner, device = place.owner.cpu(), place.tensor.device
+        found = [mask[owner].nonzero().flatten() for mask in (current, gone, gone & ~current)]
+        return cls(place, found[0].to(device), owner[found[0]].to(device), found[1].to(device), found[2].to(device))
+
+
+def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:
+    found = []
+    for name, count in targets.items():
+        group = groups.by_name.get(name)
+        if group is None:
+            raise PlanError(f"there is no group {name}; groups are named like {next(iter(groups)).name}")
+        if not group.prunable:
+            raise PlanError(f"{name} cannot lose units: {group.reason}")
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < group.size:
+            raise PlanError(f"{name} has {group.size} units: a whole number below that can become zero, not {count}")
+        found.append(group)
+    return found
+
+
+def _along(values: Tensor, dim: int) -> Tensor:
+    others = [d for d in range(values.dim()) if d != dim]
+    return values.sum(dim=others) if others else values
+
+
+def _rank_within(labels: Tensor) -> Tensor:
+    """How many equal labels stand before each; shape ``(n,)``."""
+    order = torch.argsort(labels, stable=True)
+    counts = torch.bincount(labels) if len(labels) else labels
+    starts = torch.cumsum(counts, 0) - counts
+    ranks = torch.empty_like(labels)
+    ranks[order] = torch.arange(len(labels)) - starts[labels[order]]
+    return ranks
