@@ -75,18 +75,19 @@ def plan(
     kinds: Sequence[str] = DEFAULT_KINDS,
     seed: int = 0,
     stock: bool = True,
+    frozen: Sequence[str] = (),
     weights: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """What goes when ``ratio`` of the model's parameters shall go; see ``SelectUniform`` for the options.
 
     ``stock``: where the config class of a transformers model refuses the number of heads that would be left (Llama:
     heads must divide the hidden size), take a number beside it that is accepted and let the channels make up for it.
-    ``weights``: tensors by name, those of the traced model when None. Raises ``PlanError`` when the ratio cannot be
-    reached, a pattern matches nothing, or nothing would be removed.
+    ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
+    Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
     selection = SelectUniform(
         ratio=ratio, importance=importance, round_to=round_to, uniform=uniform, only=tuple(only), skip=tuple(skip),
-        kinds=tuple(kinds), seed=seed,
+        kinds=tuple(kinds), seed=seed, frozen=tuple(frozen),
     )  # fmt: skip
     manager = analyses(program)
     manager.get(FindGroups())

@@ -31,8 +31,8 @@ class SelectUniform(Selection):
 
     Every group of a kind loses the same share, so that equal layers stay equal (``uniform=False``: units of one kind
     compete across layers). What stays of a group is a multiple of ``round_to``, heads excepted. ``heads``: how many
-    heads stay in every layer, 0 to solve for it. ``only`` and ``skip`` are globs on module paths. Kinds that a
-    normalisation holds are cut only when named.
+    heads stay in every layer, 0 to solve for it. ``only`` and ``skip`` are globs on module paths, ``frozen`` names
+    groups that stay whole. Kinds that a normalisation holds are cut only when named.
     """
 
     ratio: float = 0.2
@@ -44,6 +44,7 @@ class SelectUniform(Selection):
     kinds: tuple[str, ...] = DEFAULT_KINDS
     seed: int = 0
     heads: int = 0
+    frozen: tuple[str, ...] = ()
 
     requires = (FindGroups, MeasureCosts, Importance)
 
@@ -54,7 +55,7 @@ class SelectUniform(Selection):
         if self.round_to < 1:
             raise PlanError(f"round_to is a number of units from 1 up, not {self.round_to}")
         groups = analyses.get(FindGroups())
-        chosen = choose(groups, self.only, self.skip, self.kinds)
+        chosen = choose(groups, self.only, self.skip, self.kinds, self.frozen)
         criterion_ = criterion(self.importance, self.seed) if isinstance(self.importance, str) else self.importance
         scores = analyses.get(criterion_)
         solver = _Solver(self, chosen, scores, analyses.get(MeasureCosts()))
@@ -64,12 +65,21 @@ class SelectUniform(Selection):
             "ratio": self.ratio, "importance": str(criterion_), "round_to": self.round_to, "uniform": self.uniform,
             "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
             **({"heads": self.heads} if self.heads else {}),
+            **({"frozen": list(self.frozen)} if self.frozen else {}),
         }  # fmt: skip
         return build_plan(groups, analyses.get(MeasureCosts()), kept, options=options, reason=f"least by {criterion_}")
 
 
-def choose(groups: Groups, only: Sequence[str], skip: Sequence[str], kinds: Sequence[str]) -> list[Group]:
-    """The groups of these kinds inside ``only`` and outside ``skip``; raises ``PlanError`` when there are none."""
+def choose(
+    groups: Groups, only: Sequence[str], skip: Sequence[str], kinds: Sequence[str], frozen: Sequence[str] = ()
+) -> list[Group]:
+    """The groups of these kinds inside ``only`` and outside ``skip``, but not those that are named in ``frozen``.
+
+    Raises ``PlanError`` when there are none, and for a pattern or a name of nothing.
+    """
+    for name in frozen:
+        if name not in groups.by_name:
+            raise PlanError(f"there is no group {name} to leave whole; groups are named like {next(iter(groups)).name}")
     paths = [path for path in groups.program.modules if path]
     for pattern in (*only, *skip):
         if not any(fnmatchcase(path, pattern) for path in paths):
@@ -84,7 +94,7 @@ def choose(groups: Groups, only: Sequence[str], skip: Sequence[str], kinds: Sequ
         able = [g for g in of_kind if g.prunable or (lifted and g.rescalable)]
         if of_kind and not able and lifted:
             raise PlanError(f"{kind} cannot be cut: {of_kind[0].reason}")
-        chosen += [g for g in able if g.size > 1 and _inside(groups, g, only, skip)]
+        chosen += [g for g in able if g.size > 1 and g.name not in frozen and _inside(groups, g, only, skip)]
     if not chosen:
         frozen = sorted({g.reason for g in groups if g.kind in kinds and g.reason})
         raise PlanError(
