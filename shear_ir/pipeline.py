@@ -12,17 +12,21 @@ import networkx as nx
 from torch import Tensor, nn
 
 from shear_backends import store
+from shear_backends.adapted import kept_here, merged, plan_of_base, shear_adapted
+from shear_backends.adapters import require_lora
 from shear_backends.config_inference import accepted_counts, infer_config
 from shear_backends.graph import graph_module, tensors_of
-from shear_backends.module import shear_module
+from shear_backends.module import require_exact, shear_module
 from shear_backends.store import Saved
 from shear_backends.verify import Report
 from shear_backends.verify import verify as _verify
 from shear_ir.errors import PlanError
+from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
+from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance import Importance
@@ -104,15 +108,27 @@ def plan(
 
 
 def shear(
-    model: nn.Module, plan: Plan, *, backend: Literal["module", "graph"] = "module", inputs: Any = None
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: Literal["module", "graph"] = "module",
+    inputs: Any = None,
+    merge: bool = False,
 ) -> nn.Module:
     """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
 
-    ``model`` is left as it is and shares no tensor with the result. Raises ``PlanError`` for a plan of another model,
-    ``ShearingError`` when the module backend cannot express the result.
+    A PEFT model keeps its adapters, cut like their base; its plan may also be one that was made for its base alone.
+    ``merge``: merge the active adapters (in fp32) and return a model of the base's class. ``model`` is left as it is
+    and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the
+    module backend cannot express the result, as for adapters other than LoRA and DoRA.
     """
     if backend not in ("module", "graph"):
         raise PlanError(f"there is no backend '{backend}'; there are module and graph")
+    if merge and (backend == "graph" or not has_adapters(model)):
+        raise PlanError("there are no adapters to merge" if backend == "module" else "the graph backend merges nothing")
+    if backend == "module" and has_adapters(model):
+        adapted = _shear_adapted(model, plan, inputs)
+        return merged(adapted) if merge else adapted
     if backend == "module":
         return shear_module(model, groups(_program(model, inputs)), plan, inputs)
     program = trace(model, inputs, dynamic=True)
@@ -122,7 +138,20 @@ def shear(
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
     """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
-    return _verify(model, small, plan, inputs, seed=seed)
+    return _verify(model, small, replace(plan, kept=kept_here(model, plan)), inputs, seed=seed)
+
+
+def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program:
+    """The program that ``plan`` was made for: that of ``model``, or for a PEFT model, that of its base alone.
+
+    Raises ``PlanError`` when it is neither.
+    """
+    program = _program(model, inputs)
+    if program.digest != plan.digest and has_adapters(model):
+        base = trace(plain_base(model), inputs)
+        program = base if base.digest == plan.digest else program
+    plan.require(program.digest)
+    return program
 
 
 def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
@@ -133,6 +162,20 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Read what ``save`` wrote; ``model``: the dense model, for classes that are not transformers' own."""
     return store.load(path, model)
+
+
+def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
+    require_exact(model)
+    require_lora(model)
+    base = plain_base(model)
+    found = groups(trace(base, inputs))
+    if plan.digest == found.program.digest:
+        return shear_adapted(model, base, found, plan, plan, inputs)
+    mine = groups(_program(model, inputs))
+    plan.require(mine.program.digest)
+    costs = analyses(found.program).get(MeasureCosts())
+    of_base = plan_of_base(plan, mine, found, costs, base_view(model))
+    return shear_adapted(model, base, found, of_base, plan, inputs)
 
 
 def _accepted_heads(program: Program, plan: Plan) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from shear_backends.attributes import spans
 from shear_ir.axes import Axis, Mask, evaluate
+from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.plans import Kept
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import NormFix
@@ -45,9 +46,11 @@ class Inference:
 def infer_config(
     model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask], kept: Kept, norms: tuple[NormFix, ...] = ()
 ) -> Inference:
-    """The config whose model has exactly the sheared shapes, if the class has one."""
+    """The config whose model has exactly the sheared shapes, if the class has one; with adapters, their base's."""
+    if has_adapters(model):
+        model, kept, norms = _base_alone(model, kept, norms)
     config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "to_dict") or hasattr(model, "peft_config"):
+    if config is None or not hasattr(config, "to_dict"):
         return Inference(None, {})
     changes = _changes(model, _target(model, kept), _sizes(groups, masks))
     if changes is None:
@@ -59,6 +62,21 @@ def infer_config(
     if norms and not _scale_eps(model, found, norms):
         return Inference(None, changes)
     return Inference(found, changes)
+
+
+def _base_alone(
+    model: nn.Module, kept: Kept, norms: tuple[NormFix, ...]
+) -> tuple[nn.Module, Kept, tuple[NormFix, ...]]:
+    """The base of a PEFT model and what happens to it, by its own names."""
+    view = base_view(model)
+    tensors = {name: base for base, (name, *_) in view.tensors.items()}
+    modules = {path: base for base, (path, *_) in view.modules.items()}
+    mine = {tensors.get(name, name): dims for name, dims in kept.items() if name in tensors or name in view.tensors}
+    fixes = [
+        replace(fix, module=modules.get(fix.module, fix.module), parameter=tensors.get(fix.parameter, fix.parameter))
+        for fix in norms
+    ]
+    return plain_base(model), mine, tuple(fixes)
 
 
 def _changes(model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> Changes | None:
@@ -143,8 +161,11 @@ def _shapes(model: nn.Module) -> Shapes:
 
 def _shapes_of(model: nn.Module, changes: Changes) -> Shapes | None:
     """The shapes of a model of this class with the given fields changed; None when the class refuses them."""
+    # Here, because only a model of transformers has come this far.
+    from transformers.initialization import no_init_weights
+
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return _shapes(type(model)(_changed(model.config, changes)))
     except Exception:  # any constructor may refuse any config: then it is not this one
         return None
@@ -164,10 +185,10 @@ def _sizes(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
 
     axes = groups.axes
-    for dims in (*axes.of_param.values(), *(d for results in axes.of_node.values() for d in results)):
-        for dim in dims:
-            for _, part in spans(dim):
-                found.setdefault(part.size, set()).add(evaluate(part, lambda a: counts.get(a, a.size)))
+    everywhere = (*axes.of_param.values(), *(d for results in axes.of_node.values() for d in results))
+    for dim in {id(dim): dim for dims in everywhere for dim in dims}.values():
+        for _, part in spans(dim):
+            found.setdefault(part.size, set()).add(evaluate(part, lambda a: counts.get(a, a.size)))
     return found
 
 

@@ -53,20 +53,9 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     Raises ``PlanError`` for a plan of another model and ``ShearingError`` when no setting of the modules' attributes
     computes the sheared graph's function.
     """
-    _require_exact(model)
-    masks = checked_masks(groups, plan)
-    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
-    judge = _Judge(model, groups, plan, feed)
-    norms = tuple(norm_fixes(groups, masks))
-    cuts = cut_by_id(model, plan.kept, norms)
-    for recipe in _recipes(model, groups, masks, plan, norms, feed):
-        if judge.agrees(build(model, cuts, recipe)):
-            small = build(model, _with_copies(model, cuts), recipe)
-            return _recorded(small, model, plan, recipe)
-    raise ShearingError(
-        f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
-        f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
-    )
+    recipe = find_recipe(model, groups, plan, inputs)
+    small = build(model, with_copies(model, cut_by_id(model, plan.kept, recipe.norms)), recipe)
+    return recorded(small, model, plan, recipe)
 
 
 @dataclass(frozen=True)
@@ -77,6 +66,23 @@ class Recipe:
     attributes: Overrides = field(default_factory=dict)
     norms: tuple[NormFix, ...] = ()
     gathers: tuple[Gather, ...] = ()
+
+
+def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> Recipe:
+    """The first recipe whose result computes the sheared graph's function; raises as ``shear_module`` does."""
+    require_exact(model)
+    masks = checked_masks(groups, plan)
+    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
+    judge = _Judge(model, groups, plan, feed)
+    norms = tuple(norm_fixes(groups, masks))
+    cuts = cut_by_id(model, plan.kept, norms)
+    for recipe in _recipes(model, groups, masks, plan, norms, feed):
+        if judge.agrees(build(model, cuts, recipe)):
+            return recipe
+    raise ShearingError(
+        f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
+        f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
+    )
 
 
 def _recipes(
@@ -112,7 +118,7 @@ def cut_by_id(model: nn.Module, kept: Kept, norms: tuple[NormFix, ...] = ()) -> 
     return found
 
 
-def _with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """``cuts`` with copies of the tensors that lose nothing, so that training one model leaves the other alone."""
     own = {id(t): t for t in tensors_of(model).values()}
     return {key: copy.deepcopy(cut) if cut is own[key] else cut for key, cut in cuts.items()}
@@ -174,11 +180,12 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
-    """Attach the record, joined with that of earlier cuts."""
+def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
+    """``small`` with its record attached, joined with that of earlier cuts."""
     stock = recipe.config is not None
     record = Record(plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers)
-    first: Record | None = getattr(model, RECORD, None)
+    # Not getattr: a PEFT model answers with what its base has.
+    first: Record | None = vars(model).get(RECORD)
     if first is not None:
         merged = {path: dict(values) for path, values in first.attributes.items()}
         for path, values in record.attributes.items():
@@ -196,7 +203,8 @@ def _recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) ->
     return small
 
 
-def _require_exact(model: nn.Module) -> None:
+def require_exact(model: nn.Module) -> None:
+    """Raise ``PlanError`` for a quantised model, whose packed weights have no rows and columns to cut."""
     kinds = {p.dtype for p in model.parameters()}
     packed = [k for k in kinds if not k.is_floating_point]
     if packed:

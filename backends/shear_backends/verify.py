@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
+from shear_ir.frontend.adapters import find_adapters
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 from shear_ir.plans import Kept, Plan
@@ -85,10 +86,20 @@ def masked(model: nn.Module, kept: Kept) -> nn.Module:
     missing = [name for name in kept if name not in named and not name.startswith(("c_", "lifted_"))]
     if missing:
         raise PlanError(f"the plan was made for another model: this one has no tensor {missing[0]}")
+    kept = _without_dora_rows(model, kept)
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
     return copy.deepcopy(model, memo)
+
+
+def _without_dora_rows(model: nn.Module, kept: Kept) -> Kept:
+    """``kept`` without the rows that a DoRA magnitude of zero removes: divided by their norm, zero would be 0/0."""
+    spared: dict[str, int] = {}
+    for adapter in find_adapters(model):
+        if adapter.magnitude in kept and adapter.active and adapter.row_dim is not None:
+            spared |= {adapter.base: adapter.row_dim, adapter.b: 0}
+    return {n: {d: i for d, i in dims.items() if d != spared.get(n)} for n, dims in kept.items()}
 
 
 def _zeroed(name: str, tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
