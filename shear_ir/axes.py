@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class Product:
 
     factors: tuple[Dim, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of indices."""
         return math.prod(f.size for f in self.factors)
@@ -69,7 +70,7 @@ class Concat:
 
     parts: tuple[Dim, ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of indices."""
         return sum(p.size for p in self.parts)
@@ -126,6 +127,8 @@ def find(atom: Axis) -> Dim:
 def resolve(dim: Dim) -> Dim:
     """``dim`` in normal form, every bound atom replaced by what it is bound to."""
     if isinstance(dim, Axis):
+        if dim.bound is None:
+            return dim
         root = find(dim)
         if isinstance(root, Axis):
             return root
@@ -133,6 +136,8 @@ def resolve(dim: Dim) -> Dim:
         dim.bound = solved
         return solved
     children = dim.factors if isinstance(dim, Product) else dim.parts
+    if all([isinstance(c, Axis) and c.bound is None for c in children]):
+        return dim
     solved_children = [resolve(c) for c in children]
     if all(a is b for a, b in zip(children, solved_children, strict=True)):
         return dim
@@ -141,7 +146,11 @@ def resolve(dim: Dim) -> Dim:
 
 def atoms(dim: Dim) -> Iterator[Axis]:
     """The free atoms of ``dim`` from left to right, repeated as often as they occur."""
-    stack = [resolve(dim)]
+    solved = resolve(dim)
+    if isinstance(solved, Axis):
+        yield solved
+        return
+    stack = [solved]
     while stack:
         node = stack.pop()
         if isinstance(node, Axis):
@@ -195,6 +204,8 @@ def split(dim: Dim, at: int) -> tuple[Dim, Dim] | None:
 
 def evaluate(dim: Dim, size: Callable[[Axis], int]) -> int:
     """The size of ``dim`` when each atom has the size that ``size`` gives."""
+    if isinstance(dim, Axis) and dim.bound is None:
+        return size(dim)
     return _evaluate(resolve(dim), size)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 import shear_passes.rules  # noqa: F401  # registers every rule
-from shear_ir.axes import Axis, Dims, atoms, axis, freeze
+from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
-from shear_passes.rules.registry import Barrier, Contraction, Entry, Results, Site, Vanish, entry_of, op_name
+from shear_passes.rules.registry import Barrier, Contraction, Entry, Operand, Results, Site, Vanish, entry_of, op_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +54,7 @@ class _Inference:
         self.contractions: list[Contraction] = []
         self.vanish: dict[str, Vanish] = {}
         self.barriers: dict[str, str] = {}
+        self._entries: dict[Any, Entry | None] = {}
 
     def run(self) -> Axes:
         for node in self.program.nodes:
@@ -63,7 +64,15 @@ class _Inference:
                 self._call(node)
             elif node.op == "output":
                 self._output(node)
-        return Axes(self.program, self.of_node, self.of_param, tuple(self.contractions), self.vanish, self.barriers)
+        solved = _Solution()
+        return Axes(
+            program=self.program,
+            of_node={name: [solved.dims(dims) for dims in results] for name, results in self.of_node.items()},
+            of_param={name: solved.dims(dims) for name, dims in self.of_param.items()},
+            contractions=tuple([solved.contraction(made) for made in self.contractions]),
+            vanish=self.vanish,
+            barriers=self.barriers,
+        )
 
     def _placeholder(self, node: fx.Node) -> None:
         param = self.program.param(node)
@@ -94,7 +103,7 @@ class _Inference:
                 self.vanish[node.name] = Vanish.MOVED
             return
         shapes = tuple(t.shape for t in self.program.types.get(node.name, ()))
-        entry = entry_of(node.target) or pointwise_entry(node.target)
+        entry = self._entry(node.target)
         if not shapes and entry is None:
             self._without_result(node)
             return
@@ -102,6 +111,11 @@ class _Inference:
         self.of_node[node.name] = self._typed(site, entry)
         self.vanish[node.name] = site.vanish
         self.contractions.extend(site.contractions)
+
+    def _entry(self, target: Any) -> Entry | None:
+        if target not in self._entries:
+            self._entries[target] = entry_of(target) or pointwise_entry(target)
+        return self._entries[target]
 
     def _typed(self, site: Site, entry: Entry | None) -> Results:
         if entry is None:
@@ -111,7 +125,7 @@ class _Inference:
         except Barrier as barrier:
             return self._barrier(site, str(barrier))
         results = result if isinstance(result, list) else [result]
-        sizes = tuple(tuple(d.size for d in dims) for dims in results)
+        sizes = tuple([tuple([d.size for d in dims]) for dims in results])
         if sizes != site.shapes:
             return self._barrier(site, f"the axis rule for {op_name(site.node)} gives {sizes}, not {site.shapes}")
         return results
@@ -149,6 +163,34 @@ class _Inference:
                 self._barrier(Site(node, ()), f"{name} reads a size")
             return
         self._barrier(Site(node, ()), f"{name} reads values")
+
+
+class _Solution:
+    """Dims in normal form, each resolved once; those that were one object are one object afterwards."""
+
+    def __init__(self) -> None:
+        self._dim: dict[int, Dim] = {}
+        self._dims: dict[int, Dims] = {}
+        self._alive: list[Any] = []  # what the numbers above stand for
+
+    def dims(self, dims: Dims) -> Dims:
+        """A tuple of dims, solved."""
+        if id(dims) not in self._dims:
+            self._dims[id(dims)] = tuple([self._solved(dim) for dim in dims])
+            self._alive.append(dims)
+        return self._dims[id(dims)]
+
+    def contraction(self, made: Contraction) -> Contraction:
+        """A contraction over solved dims."""
+        operands = tuple([Operand(o.node, self.dims(o.free)) for o in made.operands])
+        return replace(made, over=self.dims(made.over), operands=operands)
+
+    def _solved(self, dim: Dim) -> Dim:
+        if id(dim) not in self._dim:
+            solved = resolve(dim)
+            self._dim[id(dim)] = self._dim[id(solved)] = solved
+            self._alive.append((dim, solved))
+        return self._dim[id(dim)]
 
 
 def frozen_names(axes: Axes, node: fx.Node) -> list[Axis]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -215,7 +216,12 @@ class _Walk:
 
 def _base_name(node: fx.Node) -> str:
     """The operator without its library, its overload and the underscore of those that write in place."""
-    return [*op_name(node).split("."), ""][1].removesuffix("_")
+    return _without_library(op_name(node))
+
+
+@cache
+def _without_library(name: str) -> str:
+    return [*name.split("."), ""][1].removesuffix("_")
 
 
 def _positive(exponent: Any, or_zero: bool = False) -> bool:
@@ -224,19 +230,29 @@ def _positive(exponent: Any, or_zero: bool = False) -> bool:
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments that a call writes to, as its schema says."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return
-    for place, argument in enumerate(node.target._schema.arguments):
-        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-        if argument.is_write and isinstance(value, fx.Node):
+    for place, name in _writes(node.target):
+        value = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        if isinstance(value, fx.Node):
             yield value
+
+
+@cache
+def _writes(target: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operator writes to."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return ()
+    return tuple((place, a.name) for place, a in enumerate(target._schema.arguments) if a.is_write)
+
+
+@cache
+def _returns_a_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(r.alias_info is not None for r in schema.returns)
 
 
 def _shares(axes: Axes, node: fx.Node) -> bool:
     """Whether a value may lie in the memory of its first argument: a view, a write in place, or a call unknown here."""
     if node.op != "call_function" or not node.args:
         return False
-    schema = getattr(node.target, "_schema", None)
-    view = schema is not None and any(r.alias_info is not None for r in schema.returns)
     moved = axes.vanish.get(node.name) is Vanish.MOVED and _base_name(node) not in _COPIES
-    return view or moved or node.name in axes.barriers
+    return _returns_a_view(node.target) or moved or node.name in axes.barriers
