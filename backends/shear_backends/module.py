@@ -21,6 +21,7 @@ from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.quantised import quantised_module
 from shear_ir.plans import Kept, Plan
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
@@ -205,10 +206,9 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
 
 def require_exact(model: nn.Module) -> None:
     """Raise ``PlanError`` for a quantised model, whose packed weights have no rows and columns to cut."""
-    kinds = {p.dtype for p in model.parameters()}
-    packed = [k for k in kinds if not k.is_floating_point]
+    packed = quantised_module(model)
     if packed:
-        raise PlanError(f"the model holds quantised parameters ({packed[0]}): shear the unquantised model")
+        raise PlanError(f"the model holds quantised parameters ({packed}): shear the unquantised model")
 
 
 class _Judge:

@@ -16,6 +16,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_NOTE = "shear_ir_adapter.json"
 SHEARED = "shear_ir.json"
 
 # Weights in any other form; none of them is read. ``training_args.bin`` and the like are no weights.

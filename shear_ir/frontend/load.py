@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import re
 import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import torch
 from torch import nn
 
 from shear_ir.errors import LoadError
+from shear_ir.frontend.adapter_files import adapter_tensors, base_of, load_adapter
 from shear_ir.frontend.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -26,10 +24,9 @@ from shear_ir.frontend.files import (
     Files,
     is_sheared,
     read_files,
-    read_header,
-    read_json,
-    refuse_other_weights,
 )
+from shear_ir.frontend.quantised import quantised_config, quantised_module
+from shear_ir.frontend.sentences import failures, quiet, sentence
 
 # BERT and BART are causal models too, if their config says so; the base model, without a head, is the last resort.
 _AUTO_CLASSES = (
@@ -84,6 +81,11 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
     if not (folder / CONFIG).exists():
         raise LoadError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}")
     files = read_files(folder)
+    packed = quantised_config(files.config)
+    if packed and weights:
+        raise LoadError(
+            f"{folder} is quantised ({packed}), and packed weights cannot be cut: give the unquantised model"
+        )
     with quiet():
         config = _config(files, trust)
         cls = _model_class(files, config, trust)
@@ -98,7 +100,7 @@ def _config(files: Files, trust: bool) -> Any:
 
     if files.config.get("auto_map") and files.config.get("model_type") not in CONFIG_MAPPING and not trust:
         raise LoadError(f"{files.folder} brings its own code, which runs only if you trust it: trust_remote_code")
-    with _failures(f"{files.folder / CONFIG} cannot be used"):
+    with failures(f"{files.folder / CONFIG} cannot be used"):
         return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
 
 
@@ -110,7 +112,7 @@ def _model_class(files: Files, config: Any, trust: bool) -> Any:
     if trust and remote:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        with _failures(f"the code that {files.folder / CONFIG} names cannot be used"):
+        with failures(f"the code that {files.folder / CONFIG} names cannot be used"):
             return get_class_from_dynamic_module(files.config["auto_map"][remote[-1]], files.folder)
     names = files.config.get("architectures") or [None]
     named = getattr(transformers, names[0], None) if isinstance(names, list) and isinstance(names[0], str) else None
@@ -143,7 +145,7 @@ def _has_head(files: Files, cls: Any, config: Any) -> bool:
 
 def _on_meta(folder: Path, cls: Any, config: Any, dtype: torch.dtype | None) -> nn.Module:
     # What AutoModel.from_config calls: the public constructor would leave the config's dtype out.
-    with _failures(f"{cls.__name__} cannot be built from {folder / CONFIG}"), torch.device("meta"):
+    with failures(f"{cls.__name__} cannot be built from {folder / CONFIG}"), torch.device("meta"):
         model = cls._from_config(config, dtype=dtype or config.dtype)
     assert isinstance(model, nn.Module)
     return model.eval()
@@ -152,7 +154,7 @@ def _on_meta(folder: Path, cls: Any, config: Any, dtype: torch.dtype | None) -> 
 def _pretrained(
     folder: Path, cls: Any, config: Any, trust: bool, dtype: torch.dtype | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    with _failures(f"{cls.__name__} cannot be loaded from {folder}"):
+    with failures(f"{cls.__name__} cannot be loaded from {folder}"):
         model, report = cls.from_pretrained(
             folder,
             config=config,
@@ -188,40 +190,15 @@ def _of_absent_part(model: nn.Module, name: str) -> bool:
 
 
 def _from_adapter(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None) -> LoadedModel:
-    adapter = read_json(folder / ADAPTER_CONFIG)
-    if not (folder / ADAPTER_WEIGHTS).exists():
-        refuse_other_weights(folder, ADAPTER_WEIGHTS)
-        raise LoadError(f"{folder} has no {ADAPTER_WEIGHTS}")
-    names = read_header(folder / ADAPTER_WEIGHTS)
-    base = adapter.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise LoadError(f"{folder / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
-    if (Path(base) / ADAPTER_CONFIG).exists():
-        raise LoadError(f"the base model of {folder} is {base}, which is an adapter itself")
+    adapter_tensors(folder)
+    base = base_of(folder)
     try:
         loaded = load_model(base, trust_remote_code=trust, dtype=dtype)
     except LoadError as failure:
         raise LoadError(f"the base model of {folder} cannot be loaded: {failure}") from failure
     if loaded.config_only:
         raise LoadError(f"the base model of {folder} is {base}, which has no weights")
-    return replace(loaded, model=_adapted(loaded.model, folder, names), spec=spec, source=folder)
-
-
-def _adapted(base: nn.Module, folder: Path, names: frozenset[str]) -> nn.Module:
-    try:
-        from peft import PeftModel, get_peft_model_state_dict
-    except ImportError as failure:
-        raise LoadError(f"{folder} is an adapter, which peft loads: pip install 'shear-ir[peft]'") from failure
-    with quiet(), _failures(f"the adapter {folder} does not fit its base model"):
-        model = PeftModel.from_pretrained(base, str(folder))
-        # PEFT itself only warns, and an adapter that was not loaded does silently nothing.
-        wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    for name in sorted(wanted - names):
-        raise LoadError(f"{folder / ADAPTER_WEIGHTS} lacks the tensor {name}")
-    for name in sorted(names - wanted - set(model.state_dict())):
-        raise LoadError(f"{folder / ADAPTER_WEIGHTS} holds the tensor {name}, for which the model has no place")
-    assert isinstance(model, nn.Module)
-    return model.eval()
+    return replace(loaded, model=load_adapter(loaded.model, folder), spec=spec, source=folder)
 
 
 def _download(spec: str, trust: bool, weights: bool = True) -> Path:
@@ -236,7 +213,7 @@ def _download(spec: str, trust: bool, weights: bool = True) -> Path:
     except (OSError, HFValidationError) as failure:
         raise LoadError(
             f"there is no folder {spec}, and no model of that name could be had from the Hugging Face Hub: "
-            f"{_sentence(failure)}"
+            f"{sentence(failure)}"
         ) from failure
 
 
@@ -249,58 +226,21 @@ def _from_factory(spec: str, dtype: torch.dtype | None) -> LoadedModel:
     except Exception as failure:
         if isinstance(failure, ModuleNotFoundError) and f"{module_name}.".startswith(f"{failure.name}."):
             raise LoadError(f"there is no module {failure.name}, which {spec} names") from failure
-        raise LoadError(f"importing {module_name} failed: {_sentence(failure)}") from failure
+        raise LoadError(f"importing {module_name} failed: {sentence(failure)}") from failure
     for name in path.split("."):
         if not hasattr(found, name):
             raise LoadError(f"{getattr(found, '__name__', module_name)} has no {name}, which {spec} names")
         found = getattr(found, name)
     if not callable(found):
         raise LoadError(f"{spec} is {type(found).__name__}, not a function that returns a model")
-    with _failures(f"{spec} failed"):
+    with failures(f"{spec} failed"):
         model = found if isinstance(found, nn.Module) else found()
     if not isinstance(model, nn.Module):
         raise LoadError(f"{spec} returns {type(model).__name__}, not a torch.nn.Module")
+    if packed := quantised_module(model):
+        raise LoadError(f"{spec} is quantised ({packed}), and packed weights cannot be cut: give the unquantised model")
     model = model.eval() if dtype is None else model.to(dtype).eval()
     return LoadedModel(model, spec, config_only=any(p.is_meta for p in model.parameters()))
-
-
-@contextlib.contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a ``LoadError``: ``what``, and the first sentence of the failure."""
-    try:
-        yield
-    except LoadError:
-        raise
-    except Exception as failure:
-        raise LoadError(f"{what}: {_sentence(failure)}") from failure
-
-
-def _sentence(failure: Exception) -> str:
-    text = ""
-    for line in filter(None, map(str.strip, str(failure).splitlines())):
-        text = f"{text} {line}".lstrip()
-        if not text.endswith(":"):
-            break
-    return re.split(r"(?<=\w\w[`'\")]|\w\w\w)\. (?=[A-Z])", text)[0] or type(failure).__name__
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars, log lines and warnings of transformers."""
-    from transformers import utils
-
-    logging: Any = utils.logging  # its functions have no types
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 __all__ = ["LoadedModel", "is_sheared", "load_model", "quiet"]

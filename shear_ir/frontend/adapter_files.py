@@ -1,0 +1,120 @@
+"""Adapters on disk: PEFT's own folder, with a note of the base they were made for, which is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from shear_ir.errors import LoadError
+from shear_ir.frontend.base import base_digest
+from shear_ir.frontend.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_NOTE,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    read_header,
+    read_json,
+    refuse_other_weights,
+)
+from shear_ir.frontend.sentences import failures, quiet
+from shear_ir.plans import write_text
+
+
+class AdapterNote(BaseModel):
+    """What lies beside an adapter: ``base_digest`` of the base it was made for, and where that was, seen from here.
+
+    PEFT knows no path that moves with the folder, and loads an adapter of another base without a word.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["shear-ir adapter 1"] = "shear-ir adapter 1"
+    base_digest: str = Field(pattern=r"^[0-9a-f]{16}$")
+    base: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write the note into the adapter's folder."""
+        write_text(folder / ADAPTER_NOTE, self.model_dump_json(indent=1) + "\n")
+
+
+def read_note(folder: Path) -> AdapterNote | None:
+    """The note in an adapter's folder; None when there is none, as for adapters that PEFT saved."""
+    path = folder / ADAPTER_NOTE
+    if not path.exists():
+        return None
+    try:
+        return AdapterNote.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, OSError, UnicodeDecodeError) as failure:
+        raise LoadError(f"{path} is damaged: {str(failure).splitlines()[0]}") from failure
+
+
+def base_of(folder: Path) -> str:
+    """The base of the adapter in ``folder``: the one beside it that its note names, or the one its config names."""
+    note = read_note(folder)
+    if note is not None and note.base and (folder / note.base / CONFIG).is_file():
+        return str((folder / note.base).resolve())
+    base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise LoadError(f"{folder / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        raise LoadError(f"the base model of {folder} is {base}, which is an adapter itself")
+    return base
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
+    """``model`` with the adapter in ``folder``, in evaluation mode: a PEFT model, or that one with one more.
+
+    A second adapter is loaded, not activated. Raises ``LoadError`` when the adapter carries the digest of a base of
+    other shapes, or does not fit, where PEFT alone would leave it without effect.
+    """
+    folder = Path(folder)
+    names = adapter_tensors(folder)
+    note = read_note(folder)
+    if note is not None and (mine := base_digest(model)) != note.base_digest:
+        raise LoadError(
+            f"the adapter {folder} was made for another base: the shapes of that one have the digest "
+            f"{note.base_digest}, those of this {type(model).__name__} {mine}"
+        )
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as failure:
+        raise LoadError(f"{folder} is an adapter, which peft loads: pip install 'shear-ir[peft]'") from failure
+    with quiet(), failures(f"the adapter {folder} does not fit its base model"):
+        options: Any = {"adapter_name": name, "autocast_adapter_dtype": _single(folder)}
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(folder), **options)
+            peft_model = model
+        else:
+            peft_model = PeftModel.from_pretrained(model, str(folder), **options)
+        # PEFT itself only warns, and an adapter that was not loaded does silently nothing.
+        wanted = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+    for tensor in sorted(wanted - names):
+        raise LoadError(f"{folder / ADAPTER_WEIGHTS} lacks the tensor {tensor}")
+    for tensor in sorted(names - wanted - set(peft_model.state_dict())):
+        raise LoadError(f"{folder / ADAPTER_WEIGHTS} holds the tensor {tensor}, for which the model has no place")
+    assert isinstance(peft_model, nn.Module)
+    return peft_model.eval()
+
+
+def adapter_tensors(folder: Path) -> frozenset[str]:
+    """The names of the tensors of the adapter in ``folder``; raises ``LoadError`` when it is not safetensors."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise LoadError(f"{folder} holds no {ADAPTER_CONFIG}")
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        refuse_other_weights(folder, ADAPTER_WEIGHTS)
+        raise LoadError(f"{folder} has no {ADAPTER_WEIGHTS}")
+    return read_header(folder / ADAPTER_WEIGHTS)
+
+
+def _single(folder: Path) -> bool:
+    """Whether the adapter was saved in single precision, which PEFT keeps on a base of half precision if told to."""
+    path = folder / ADAPTER_WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            return any(file.get_slice(name).get_dtype() not in ("F16", "BF16") for name in file.keys())  # noqa: SIM118  # no dict
+    except (SafetensorError, OSError) as failure:
+        raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
