@@ -32,6 +32,10 @@ def main(out: Path) -> None:
         assert torch.equal(totals, totals[0].expand_as(totals)), "the processes have different weights"
         zero = (~inside.units.nonzero()).nonzero().flatten().tolist()  # type: ignore[union-attr]
         out.write_text(json.dumps({"zero": zero, "processes": accelerator.num_processes}))
+    # The last reference to the process group must not be DDP's, which lets it go with the interpreter locked: gloo's
+    # threads then wait for the lock, and their end is waited for.
+    accelerator.free_memory(model, optimizer)
+    del model, optimizer
     accelerator.end_training()
 
 
