@@ -69,16 +69,16 @@ class CostModel:
         )
 
     def _flops(self, size: Size) -> int:
-        last = {c.node: c for c in self.axes.contractions}
-        total = sum(self._flops_of(c, last[c.node], size) for c in self.axes.contractions if len(c.operands) == 2)
-        total += sum(self._flops_of(c, c, size) for c in self.axes.contractions if c.mixed and len(c.operands) == 1)
+        made = self.axes.contractions
+        counted = [len(c.operands) == 2 or (c.mixed and len(c.operands) == 1) for c in made]
+        total = sum(self._flops_of(c, made[i + c.inner], size) for i, c in enumerate(made) if counted[i])
         return 2 * total // self._samples()
 
-    def _flops_of(self, made: Contraction, last: Contraction, size: Size) -> int:
-        """Multiply-adds of one contraction; scores inside a fused attention are queries by keys."""
-        if made is last:
+    def _flops_of(self, made: Contraction, reader: Contraction, size: Size) -> int:
+        """Multiply-adds of one contraction; inside of a call its value has the dims that its reader sums over."""
+        if made is reader:
             return _volume(self.axes.dims(made.node), size) * _volume(made.over, size)
-        return _volume((*made.operands[0].free, *last.over, *made.over), size)
+        return _volume((*made.operands[0].free, *reader.over, *made.over), size)
 
     def _samples(self) -> int:
         """Tokens in the traced input, or samples where the input is not tokens."""

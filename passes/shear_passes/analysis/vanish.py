@@ -142,8 +142,8 @@ class _Walk:
             return frozenset(a for o in node.all_input_nodes for a in self._aligned(o, out))
         if law is Vanish.ALL:
             return self._all(node, out)
-        made = self.by_call.get(node.name)
-        return self._contracted(made[-1], out) if made else _NOTHING
+        made = [self._contracted(c, out) for c in self.by_call.get(node.name, ()) if not c.inner]
+        return frozenset.intersection(*made) if made else _NOTHING
 
     def _aligned(self, operand: fx.Node, out: Counts, free: Dims | None = None) -> Atoms:
         """The atoms that vanish in ``operand`` and whose dims in the result all come from it."""

@@ -44,7 +44,7 @@ def attention(
         site.freeze([q[-2]], "positions are compared by number")
     if mask is not None:
         broadcast(site, [(*lead, q[-2], k[-2]), mask])
-    site.contract([q[-1]], [(0, q[:-1]), (1, k[:-1])])
+    site.contract([q[-1]], [(0, q[:-1]), (1, k[:-1])], inner=True)
     site.contract([v[-2]], [(2, (*v[:-2], v[-1]))], mixed=True)
     return (*lead, q[-2], v[-1])
 

@@ -55,7 +55,8 @@ class Contraction:
     """``out[...] = sum over the dims in ``over`` of the product of the operands, plus ``added``.
 
     ``mean``: divided by the size of ``over``. ``mixed``: a convex combination over an axis that is frozen, as in
-    attention's probabilities times values. The last contraction that a call records is the one that makes its value.
+    attention's probabilities times values. ``inner``: what it makes is an operand of the call's next contraction, as
+    attention's scores are. The value of a call is the sum of its other contractions.
     """
 
     node: fx.Node
@@ -64,6 +65,7 @@ class Contraction:
     added: tuple[fx.Node, ...] = ()
     mean: bool = False
     mixed: bool = False
+    inner: bool = False
 
 
 @dataclass
@@ -107,9 +109,10 @@ class Site:
         over: Sequence[Dim],
         operands: Iterable[tuple[int | str | fx.Node, Sequence[Dim]]],
         *,
-        added: Iterable[int | str] = (),
+        added: Iterable[int | str | fx.Node] = (),
         mean: bool = False,
         mixed: bool = False,
+        inner: bool = False,
     ) -> None:
         """Record a contraction; operands and addends are named by their place among the call's arguments."""
         sides = []
@@ -118,7 +121,7 @@ class Site:
             if node is not None:
                 sides.append(Operand(node, tuple(free)))
         extra = tuple(n for n in (self._argument(place) for place in added) if n is not None)
-        self.contractions.append(Contraction(self.node, tuple(over), tuple(sides), extra, mean, mixed))
+        self.contractions.append(Contraction(self.node, tuple(over), tuple(sides), extra, mean, mixed, inner))
 
     def _argument(self, place: int | str | fx.Node) -> fx.Node | None:
         if isinstance(place, fx.Node):
