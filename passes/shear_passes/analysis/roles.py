@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol
 
-import torch
 from torch import fx
 
 from shear_ir.axes import Axis, Concat, Dim, Product, atoms, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
+from shear_passes.analysis.lora import find_lora
 from shear_passes.analysis.vanish import Zeros
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
@@ -18,8 +18,6 @@ Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
     "vocab", "other",
 ]  # fmt: skip
-
-aten = torch.ops.aten
 
 
 class _Slice(Protocol):
@@ -80,7 +78,7 @@ def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
     found: set[Axis] = set()
     tokens = any(not program.types[name][0].dtype.is_floating_point for name in program.inputs)
     for node in program.calls():
-        if node.target is aten.embedding.default:
+        if op_name(node) in ("aten.embedding", "lora.embedding"):
             table, rows = node.args[:2]
             if isinstance(table, fx.Node) and isinstance(rows, fx.Node) and _given(program, rows):
                 found |= _atoms(axes.dims(table)[:1])
@@ -96,10 +94,6 @@ def _given(program: Program, node: fx.Node) -> bool:
     return node.op == "placeholder" and program.param(node) is None
 
 
-def _by_call(axes: Axes) -> dict[str, Contraction]:
-    return {c.node.name: c for c in axes.contractions}
-
-
 def _owned(axes: Axes, node: fx.Node) -> bool:
     """Whether a value is a parameter, or one seen through a transpose, a view or a choice of experts."""
     while isinstance(first := node.args[0] if node.args else None, fx.Node) and (
@@ -111,45 +105,8 @@ def _owned(axes: Axes, node: fx.Node) -> bool:
 
 
 def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
-    """The axis inside ``B(A(x))`` where the result is added to another linear map of the same ``x``."""
-    contractions = _by_call(axes)
-    found: set[Axis] = set()
-    for node in program.calls():
-        if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
-            continue
-        sides = [_linear_chain(axes, contractions, a) for a in node.args if isinstance(a, fx.Node)]
-        if len(sides) != 2 or not all(sides):
-            continue
-        base, branch = sorted(sides, key=len)
-        if len(base) == 1 and len(branch) == 2 and _source(base[0]) is _source(branch[-1]):
-            found |= _atoms(branch[0].over)
-    return found
-
-
-def _linear_chain(axes: Axes, contractions: Mapping[str, Contraction], node: fx.Node) -> list[Contraction]:
-    """The linear maps by parameters that make ``node``, last first, with only scaling and dropout in between."""
-    chain: list[Contraction] = []
-    while len(chain) < 3:
-        node = _unscaled(node)
-        made = contractions.get(node.name)
-        if made is None or not any(_owned(axes, o.node) for o in made.operands):
-            break
-        chain.append(made)
-        node = made.operands[0].node
-    return chain
-
-
-def _source(made: Contraction) -> fx.Node:
-    return _unscaled(made.operands[0].node)
-
-
-def _unscaled(node: fx.Node) -> fx.Node:
-    while op_name(node) in ("aten.mul.Tensor", "aten.dropout", "aten.to.dtype", "aten.add.Tensor", "aten.view"):
-        nodes = [a for a in node.args if isinstance(a, fx.Node)]
-        if len(nodes) != 1:
-            break
-        node = nodes[0]
-    return node
+    """What lies between B and A of every low-rank branch."""
+    return {a for made in find_lora(program) for branch in made.branches for a in atoms(axes.dims(branch.a)[0])}
 
 
 def _residual(program: Program, axes: Axes) -> set[Axis]:
@@ -272,7 +229,7 @@ def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
             free = _atoms(operand.free)
             made |= free
             read |= _atoms(contraction.over)
-            if op_name(contraction.node).startswith("aten.conv"):
+            if op_name(contraction.node).startswith(("aten.conv", "lora.conv")):
                 # Channels only: the later dims of the weight are kernel positions.
                 convolved |= _atoms(axes.dims(operand.node)[:2])
     return made, read, convolved

@@ -1,7 +1,20 @@
 """Axis typing rules: one operator family per file, one table from op to rule."""
 
-from shear_passes.rules import attention, conv, embedding, expand, factory, index, linear, norm, reduce, select, shape
+from shear_passes.rules import (
+    attention,
+    conv,
+    embedding,
+    expand,
+    factory,
+    index,
+    linear,
+    lora,
+    norm,
+    reduce,
+    select,
+    shape,
+)
 from shear_passes.rules.registry import Entry, Site, Vanish, entry_of, rule
 
 __all__ = ["Entry", "Site", "Vanish", "attention", "conv", "embedding", "entry_of", "expand", "factory", "index",
-           "linear", "norm", "reduce", "rule", "select", "shape"]  # fmt: skip
+           "linear", "lora", "norm", "reduce", "rule", "select", "shape"]  # fmt: skip
