@@ -30,6 +30,7 @@ from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance import Importance
+from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.select.build import masks_of
 from shear_passes.select.uniform import DEFAULT_KINDS, HEAD_KINDS, SelectUniform
@@ -41,9 +42,9 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
     """Trace ``model`` (nn.Module, PreTrainedModel or PeftModel; the meta device will do) into a Program.
 
     ``inputs``: forward arguments by name, made from the signature and config when None. ``dynamic``: keep batch and
-    length symbolic. Raises ``TraceError``.
+    length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
     """
-    program = _trace(model, inputs, dynamic=dynamic)
+    program = raise_lora(_trace(model, inputs, dynamic=dynamic))
     _models[program] = weakref.ref(model)
     return program
 

@@ -25,6 +25,7 @@ from shear_ir.frontend.quantised import quantised_module
 from shear_ir.plans import Kept, Plan
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
+from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
 from shear_passes.rewrite.shear import cut_tensor, shear_program
 from shear_passes.select.build import checked_masks
@@ -246,6 +247,6 @@ class _Judge:
         return gap <= tolerance * self.scale
 
     def _same_graph(self, small: nn.Module) -> bool:
-        other = trace(small, self.feed)
+        other = raise_lora(trace(small, self.feed))
         mine = [(str(n.target), self.program.types[n.name]) for n in self.program.calls()]
         return mine == [(str(n.target), other.types[n.name]) for n in other.calls()]

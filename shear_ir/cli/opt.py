@@ -64,8 +64,8 @@ def opt(
     """
     from shear_backends.draw.render import FORMATS
     from shear_backends.graph import tensors_of
-    from shear_ir import pipeline
     from shear_ir.cli.watch import Watch
+    from shear_ir.frontend.export import trace
     from shear_ir.manager import PassManager
     from shear_passes.analysis.dump import Dump
     from shear_passes.spelling import parse_pipeline
@@ -77,7 +77,7 @@ def opt(
         with step("loading"):
             loaded = open_model(model, trust_remote_code, dtype)
         with step("tracing"):
-            program = pipeline.trace(loaded.model)
+            program = trace(loaded.model)
     weights = None if loaded.config_only else tensors_of(loaded.model)
     watch = Watch(
         loaded.model,
