@@ -179,7 +179,7 @@ def _longest(shape: Any) -> int:
 
 def _set_sizes(factor: nn.Module) -> None:
     """The sizes that a Linear or a convolution notes beside its weight."""
-    out, into = factor.weight.shape[0], factor.weight.shape[1]  # type: ignore[index, union-attr]
+    out, into = factor.weight.shape[0], factor.weight.shape[1]  # type: ignore[index]
     sizes = {"in_features": into, "out_features": out}
     if not hasattr(factor, "in_features"):
         sizes = {"in_channels": into * factor.groups, "out_channels": out}  # type: ignore[operator]

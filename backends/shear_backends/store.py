@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from shear_backends.adapter_store import ADAPTERS, has_saved_adapters, same_active, with_adapters, write_adapters
+from shear_backends.adapters import require_lora
 from shear_backends.attributes import Overrides
 from shear_backends.folder import written_whole
 from shear_backends.gathers import Gather
@@ -22,6 +24,9 @@ from shear_backends.graph import tensors_of
 from shear_backends.module import RECORD, Recipe, Record, build, cut_by_id
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import LoadError, PlanError, SaveError
+from shear_ir.frontend.adapter_files import base_of, load_adapter
+from shear_ir.frontend.base import has_adapters, plain_base
+from shear_ir.frontend.files import ADAPTER_CONFIG
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.load import load_model, quiet
 from shear_ir.plans import Plan, write_text
@@ -51,10 +56,16 @@ class Saved:
 def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
     """Write ``model`` to the folder ``out``, whole or not at all; what belongs to it is carried along from ``source``.
 
-    A model that its own config builds is reloaded by its stock class and compared, bit for bit. Raises ``SaveError``
+    A PEFT model is written as its base, and beside it each adapter as PEFT writes it. A model that its own config
+    builds is reloaded by its stock class, and the adapters by PEFT, and compared, bit for bit. Raises ``SaveError``
     when ``out`` exists (without ``force``) or cannot be written.
     """
-    record: Record | None = getattr(model, RECORD, None)
+    adapted = _is_peft(model)
+    whole: Record | None = vars(model).get(RECORD)
+    if adapted:
+        require_lora(model)
+    dense = plain_base(model) if adapted else model
+    record: Record | None = vars(dense).get(RECORD)
     if record is None:
         raise SaveError("this model has not been sheared: save it as you would any other")
     if any(t.is_meta for t in tensors_of(model).values()):
@@ -62,25 +73,42 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
     with written_whole(Path(out), force) as beside:
         if source is not None:
             _carry(Path(source), beside)
-        pretrained = hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
-        _write(model, beside, pretrained, record.stock)
-        record.plan.save(beside / PLAN_FILE)
-        stock, note = _stock(model, beside, record) if pretrained else (False, "not a transformers model")
-        if record.stock and not stock:
-            _write(model, beside, pretrained, stock)
-        _write_record(beside, model, replace(record, stock=stock))
-        write_text(beside / "README.md", _card(model, record.plan, stock, note))
+        stock, note = _write_model(dense, beside, record)
+        if adapted:
+            write_adapters(model, beside, Path(out))
+            if whole is not None:
+                whole.plan.save(beside / ADAPTERS / PLAN_FILE)
+            if stock:
+                stock, note = _stock(dense, beside, record, model)
+        write_text(beside / "README.md", _card(dense, record.plan, stock, note) + _adapters_card(model, adapted))
     return Saved(Path(out), stock, note)
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False) -> nn.Module:
-    """Read a folder that ``save`` wrote, in evaluation mode.
+    """Read a folder that ``save`` wrote, in evaluation mode; with its adapters, if there are any, as a PEFT model.
+
+    The folder may also be that of one adapter (of ``adapters/``, or from ``project``), which is loaded on its base.
 
     ``model``: the dense model, needed for classes that are not transformers' own (its weights are not used).
     ``trust_remote_code``: run the code that a stock folder names. Raises ``LoadError`` when the folder is damaged,
     ``PlanError`` when ``model`` is not the one that was sheared.
     """
     folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = Path(base_of(folder))
+        return load_adapter(_load_base(base, model, trust_remote_code), folder)
+    small = _load_base(folder, model, trust_remote_code)
+    if not has_saved_adapters(folder):
+        return small
+    adapted = with_adapters(small, folder)
+    if (folder / ADAPTERS / PLAN_FILE).is_file():
+        record: Record = vars(small)[RECORD]
+        whole = replace(record, plan=Plan.load(folder / ADAPTERS / PLAN_FILE), attributes={}, norms=(), gathers=())
+        object.__setattr__(adapted, RECORD, whole)
+    return adapted
+
+
+def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -> nn.Module:
     if not (folder / RECORD_FILE).is_file():
         raise LoadError(f"{folder} was not written by shear-ir: it holds no {RECORD_FILE}")
     document = _read_record(folder)
@@ -93,6 +121,22 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code:
     object.__setattr__(small, RECORD, record)
     small.eval()
     return small
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and has_adapters(model) and hasattr(model, "get_base_model")
+
+
+def _write_model(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
+    """Write a model without adapters; whether its stock class loads it, and why not."""
+    pretrained = hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
+    _write(model, folder, pretrained, record.stock)
+    record.plan.save(folder / PLAN_FILE)
+    stock, note = _stock(model, folder, record) if pretrained else (False, "not a transformers model")
+    if record.stock and not stock:
+        _write(model, folder, pretrained, stock)
+    _write_record(folder, model, replace(record, stock=stock))
+    return stock, note
 
 
 def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> None:
@@ -116,12 +160,15 @@ def _carry(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
-def _stock(model: nn.Module, folder: Path, record: Record) -> tuple[bool, str]:
+def _stock(model: nn.Module, folder: Path, record: Record, adapted: nn.Module | None = None) -> tuple[bool, str]:
+    """Whether stock code alone gives the same outputs: transformers for ``model``, PEFT for its ``adapted`` form."""
     if not record.stock:
         return False, "no config of the class has these sizes"
     try:
         with quiet():
             again = type(model).from_pretrained(folder, **_loading(model)).eval()  # type: ignore[attr-defined]
+            if adapted is not None:
+                model, again = adapted, same_active(adapted, folder, again)
     except Exception as failure:  # whatever stock code raises, the answer is that stock code does not load it
         return False, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
     again = again.to(next(model.parameters()).device)
@@ -323,4 +370,14 @@ def _card(model: nn.Module, plan: Plan, stock: bool, note: str) -> str:
         f"# {type(model).__name__}, sheared\n\n"
         f"{100 * plan.ratio:.1f} % of the parameters are gone ({len(plan.cuts)} groups cut; `plan.json` says which). "
         f"{loads}\n\n| | dense | sheared |\n|---|---|---|\n{rows}\n"
+    )
+
+
+def _adapters_card(model: nn.Module, adapted: bool) -> str:
+    if not adapted:
+        return ""
+    configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
+    return (
+        f"\nThe adapters {', '.join(configs)} lie under `{ADAPTERS}/`, as PEFT writes them. `shear_ir.load(path)` loads all "
+        "and checks that they belong to this base; `PeftModel.from_pretrained(base, folder)` loads one.\n"
     )
