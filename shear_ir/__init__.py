@@ -22,6 +22,7 @@ _HOMES = {
     "verify": "shear_ir.pipeline",
     "save": "shear_ir.pipeline",
     "load": "shear_ir.pipeline",
+    "project": "shear_ir.pipeline",
     "load_adapter": "shear_ir.frontend.adapter_files",
     "base_digest": "shear_ir.frontend.base",
     "analyses": "shear_ir.pipeline",

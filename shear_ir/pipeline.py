@@ -17,12 +17,15 @@ from shear_backends.adapters import require_lora
 from shear_backends.config_inference import accepted_counts, infer_config
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.module import require_exact, shear_module
+from shear_backends.project import Projected, project_adapter
 from shear_backends.store import Saved
 from shear_backends.verify import Report
 from shear_backends.verify import verify as _verify
 from shear_ir.errors import PlanError
+from shear_ir.frontend.adapter_files import adapter_tensors, base_of
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
+from shear_ir.frontend.load import load_model
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -158,6 +161,30 @@ def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program
 def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
     """Write a sheared model; ``Saved.stock`` says whether stock transformers loads it with identical outputs."""
     return store.save(model, out, source=source, force=force)
+
+
+def project(
+    adapter: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    base: nn.Module | None = None,
+    sheared: str | Path | None = None,
+    force: bool = False,
+) -> Projected:
+    """Write the adapter in the folder ``adapter``, trained on the dense base, for the base that ``plan`` shears.
+
+    ``base``: the dense base, as the adapter's config names it when None; its weights are neither needed nor read.
+    ``sheared``: the folder of the sheared base. The result is a PEFT adapter folder with the digest of that base.
+    Raises ``LoadError`` and ``PlanError`` when adapter, base and plan do not belong together, ``ShearingError`` for
+    adapters other than LoRA and DoRA.
+    """
+    folder, at = Path(adapter), None if sheared is None else Path(sheared)
+    adapter_tensors(folder)
+    dense = load_model(base_of(folder), weights=False).model if base is None else base
+    program = trace(dense)
+    plan.require(program.digest)
+    return project_adapter(folder, dense, groups(program), plan, Path(out), sheared=at, force=force)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:

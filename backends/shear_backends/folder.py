@@ -13,6 +13,9 @@ from safetensors import SafetensorError
 
 from shear_ir.errors import SaveError, ShearError
 
+_OURS = ("shear_ir.json", "shear_ir_adapter.json")
+"""Files by which a folder is known to be of shear-ir's own writing."""
+
 
 def refuse_existing(out: Path, force: bool) -> None:
     """Raise ``SaveError`` when ``out`` may not be written: it exists, or its parent does not."""
@@ -22,7 +25,7 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise SaveError(f"{out} exists already: choose another folder, or --force to replace it")
     if out.exists() and not out.is_dir():
         raise SaveError(f"{out} is not a folder")
-    if out.exists() and any(out.iterdir()) and not (out / "shear_ir.json").exists():
+    if out.exists() and any(out.iterdir()) and not any((out / n).exists() for n in _OURS):
         raise SaveError(f"{out} was not written by shear-ir, so it is not replaced even with --force")
     if not out.parent.is_dir():
         raise SaveError(f"the folder {out.parent} does not exist")

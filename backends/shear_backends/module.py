@@ -113,7 +113,7 @@ def cut_by_id(model: nn.Module, kept: Kept, norms: tuple[NormFix, ...] = ()) -> 
             continue
         cut = cut_tensor(tensor, kept.get(name, {}))
         if name in fixes:
-            cut = _rescaled(cut, fixes[name])
+            cut = rescaled(cut, fixes[name])
         if cut is not tensor and isinstance(tensor, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
         found[id(tensor)] = cut
@@ -138,7 +138,8 @@ def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe) -> nn.Mo
     return small
 
 
-def _rescaled(weight: Tensor, fix: NormFix) -> Tensor:
+def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
+    """The weight of a norm that lost channels, scaled so that it computes what it did over the others."""
     with torch.no_grad():
         return (weight + fix.offset) * math.sqrt(fix.factor) - fix.offset
 

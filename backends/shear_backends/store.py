@@ -72,7 +72,7 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
         raise SaveError("this model is on the meta device and has no weights to save")
     with written_whole(Path(out), force) as beside:
         if source is not None:
-            _carry(Path(source), beside)
+            carry(Path(source), beside)
         stock, note = _write_model(dense, beside, record)
         if adapted:
             write_adapters(model, beside, Path(out))
@@ -150,7 +150,8 @@ def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> Non
     save_file({n: t.detach().contiguous() for n, t in unique.items()}, folder / WEIGHTS_FILE)
 
 
-def _carry(source: Path, folder: Path) -> None:
+def carry(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model beside weights and config, such as its tokenizer, and never code."""
     for pattern in _CARRIED:
         for file in source.glob(pattern):
             name = file.relative_to(source)
@@ -378,6 +379,6 @@ def _adapters_card(model: nn.Module, adapted: bool) -> str:
         return ""
     configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     return (
-        f"\nThe adapters {', '.join(configs)} lie under `{ADAPTERS}/`, as PEFT writes them. `shear_ir.load(path)` loads all "
-        "and checks that they belong to this base; `PeftModel.from_pretrained(base, folder)` loads one.\n"
+        f"\nThe adapters {', '.join(configs)} lie under `{ADAPTERS}/`, as PEFT writes them. `shear_ir.load(path)` "
+        "loads them and checks that they belong to this base; `PeftModel.from_pretrained(base, folder)` loads one.\n"
     )
