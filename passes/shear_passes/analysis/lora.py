@@ -120,7 +120,7 @@ class _Finder:
     def ended(self, made: Composed) -> Composed:
         """With the conversion to the dtype of the base that alone reads the value, where there is one."""
         user = next(iter(made.root.users), made.root)
-        if len(made.root.users) != 1 or not is_conversion(user):
+        if made.raised or len(made.root.users) != 1 or not is_conversion(user):
             return made
         same = self.program.type(user) == self.program.type(made.base.node)
         return replace(made, root=user, inside=made.inside | {user}) if same else made
