@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from shear_backends.draw.composed import composed_parts
 from shear_backends.draw.model import Box, Row, inside, parent
 from shear_ir.axes import atoms
 from shear_ir.program import Param, Program, module_path
@@ -22,6 +23,7 @@ class Boxes:
         focus = only.parameters if only else ()
         shown = {p.name for p in program.params.values() if p.name in focus or _worth_a_row(p, groups)}
         self._uses = {name: _uses(program, name) for name in program.params if name in shown}
+        self._parts = composed_parts(program)
         names = [use for uses in self._uses.values() for use in uses]
         owners = {parent(name) for name in names}
         self._inner = {up for owner in owners for up in _ancestors(owner)} & owners
@@ -39,7 +41,12 @@ class Boxes:
         return path if path in self.by_path else None
 
     def _path(self, name: str) -> str:
-        """The box of a tensor: that of its module, or its own where the module has others inside."""
+        """The box of a tensor: that of its module, or its own where the module has others inside.
+
+        A composed operator is one box.
+        """
+        if name in self._parts:
+            return self._parts[name].path
         owner = parent(name)
         return name if owner in self._inner or not owner else owner
 
@@ -51,14 +58,16 @@ class Boxes:
             param = self.program.params[name]
             for use in uses:
                 tied = uses[0] if use != uses[0] else ""
-                row = Row((use.rpartition(".")[2],), (param,), groups.axes.of_param[name], tied)
+                part = self._parts.get(use)
+                row = Row((part.name if part else use.rpartition(".")[2],), (param,), groups.axes.of_param[name], tied)
                 _merge(rows.setdefault(self._path(use), []), row, groups)
         return {path: self._box(path, tuple(found)) for path, found in rows.items()}
 
     def _box(self, path: str, rows: tuple[Row, ...]) -> Box:
         module = parent(path)
         info = self.program.modules.get(path)
-        klass = info.type.rpartition(".")[2] if info else rows[0].params[0].kind
+        title_of = next((self._parts[p.name].title for p in rows[0].params if p.name in self._parts), "")
+        klass = title_of or (info.type.rpartition(".")[2] if info else rows[0].params[0].kind)
         return Box(path, module, title(self.program, path), klass, rows)
 
 
