@@ -150,7 +150,7 @@ def atoms(dim: Dim) -> Iterator[Axis]:
     if isinstance(solved, Axis):
         yield solved
         return
-    stack = [solved]
+    stack: list[Dim] = [solved]
     while stack:
         node = stack.pop()
         if isinstance(node, Axis):

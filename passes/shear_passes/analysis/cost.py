@@ -40,6 +40,10 @@ class CostModel:
         return Costs(self.parameters(size), self._bytes(size), self._flops(size), self._kv_bytes(size))
 
     @cached_property
+    def _terms(self) -> dict[frozenset[Axis], list[tuple[tuple[Axis, ...], int]]]:
+        return {}
+
+    @cached_property
     def now(self) -> Costs:
         """Costs of the model as it is."""
         return self.at({})
@@ -54,11 +58,14 @@ class CostModel:
 
     def parameters_in(self, atoms: Collection[Axis]) -> Callable[[Mapping[Axis, int]], int]:
         """The number of parameters as a function of these atoms' sizes alone, much quicker to evaluate."""
-        total = Polynomial()
-        for param in self.program.params.values():
-            if param.kind == "parameter":
-                total.update(_product([_polynomial(resolve(d), atoms) for d in self.axes.of_param[param.name]]))
-        terms = list(total.items())
+        key = frozenset(atoms)
+        if key not in self._terms:
+            total = Polynomial()
+            for param in self.program.params.values():
+                if param.kind == "parameter":
+                    total.update(_product([_polynomial(resolve(d), key) for d in self.axes.of_param[param.name]]))
+            self._terms[key] = list(total.items())
+        terms = self._terms[key]
         return lambda sizes: sum([factor * math.prod([sizes[a] for a in term]) for term, factor in terms])
 
     def _bytes(self, size: Size) -> int:
@@ -88,21 +95,29 @@ class CostModel:
         return 1
 
     def _kv_bytes(self, size: Size) -> int:
+        return sum(
+            # Dims without a live atom are batch and positions, however they are composed.
+            _volume(dims, lambda a, live=live: size(a) if a in live else 1) * itemsize  # type: ignore[misc]
+            for dims, live, itemsize in self._cached
+        )
+
+    @cached_property
+    def _cached(self) -> list[tuple[list[Dim], Collection[Axis], int]]:
+        """Dims of the keys and values that a cache keeps, the atoms they live on, and bytes per element."""
         if not self.program.caches:
-            return 0
+            return []
         scores, mixes = attention_products(self.axes, self.zeros)
         # Keys are the second factor of the scores; values the last of the mixes.
         kept = [(made.operands[1], made.over) for made in scores]
         kept += [(made.operands[-1], ()) for made in mixes]
-        total = 0
+        found: list[tuple[list[Dim], Collection[Axis], int]] = []
         for operand, over in kept:
             live = self.zeros.of_node.get(operand.node.name, frozenset())
             kind = self.program.type(operand.node)
-            # Dims without such an atom are batch and positions, however they are composed.
-            dims = [d for d in (*operand.free, *over) if any(a in live for a in atoms(d))]
-            width = _volume(dims, lambda a, live=live: size(a) if a in live else 1)  # type: ignore[misc]
-            total += width * (kind.dtype.itemsize if kind and live else 0)
-        return total
+            if live and kind is not None:
+                dims = [d for d in (*operand.free, *over) if any(a in live for a in atoms(d))]
+                found.append((dims, live, kind.dtype.itemsize))
+        return found
 
 
 @dataclass(frozen=True)

@@ -202,4 +202,10 @@ class _Solver:
 
 def _best(scores: Score, count: int) -> Indices:
     """The ``count`` units of the highest scores, in order; ties go to the lower index."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
+    if count == len(scores):
+        return np.arange(count)
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    edge = np.partition(ranked, -count)[-count]
+    stays = ranked > edge
+    stays[np.flatnonzero(ranked == edge)[: count - np.count_nonzero(stays)]] = True
+    return np.flatnonzero(stays)
