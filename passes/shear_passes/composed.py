@@ -3,8 +3,10 @@
     lora.linear(x, weight, bias, A=[a], B=[b], scale=[s])        base(x) + s * B(A(x))
     lora.embedding(weight, indices, A=[a], B=[b], scale=[s])
     lora.conv(x, weight, bias, stride, padding, dilation, A=[a], B=[b], scale=[s])
+    lora.experts(weight, A=[a], B=[b], scale=[s])                weight[e] + s * B[e] A[e]
 
-Each list has one entry per adapter: A is ``(rank, in, ...)``, B ``(out, rank, ...)``, whatever way the base lies.
+Each list has one entry per adapter: A is ``(rank, in, ...)``, B ``(out, rank, ...)``, whatever way the base lies; of
+stacked experts ``(experts * rank, in)`` and ``(out, rank * experts)``.
 ``B_bias``, ``dropout`` and ``magnitude`` have None or 0.0 for adapters without. With a magnitude the rows of the
 adapted weight are scaled to it (DoRA, arXiv 2402.09353, whose norms get no gradient); a row that is all zero has no
 direction to scale and gives zero, where 0/0 would be no number. The result has the dtype of the base.
@@ -33,6 +35,7 @@ _library.define(
     "conv(Tensor x, Tensor weight, Tensor? bias=None, int[] stride=[1], int[] padding=[0], int[] dilation=[1], *, "
     f"{_BRANCHES}) -> Tensor"
 )
+_library.define("experts(Tensor weight, *, Tensor[] A, Tensor[] B, float[] scale, bool transposed=False) -> Tensor")
 
 Optionals = Sequence[Tensor | None] | None
 
@@ -89,6 +92,20 @@ def _conv(
     return _sum(base, shift, made, scale, [None if gain is None else gain.view(over) for gain in gains])
 
 
+def _experts(
+    weight: Tensor, *, A: Sequence[Tensor], B: Sequence[Tensor], scale: Sequence[float], transposed: bool = False
+) -> Tensor:
+    """``weight`` is ``(experts, out, in)``, turned ``(experts, in, out)``; the factors have the experts end to end."""
+    experts = weight.shape[0]
+    total = weight
+    for a, b, factor in zip(A, B, scale, strict=True):
+        rows = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1).to(weight.dtype)
+        columns = a.reshape(experts, -1, a.shape[1]).to(weight.dtype)
+        left, right = (columns.mT, rows.mT) if transposed else (rows, columns)
+        total = torch.baddbmm(total, left, right, alpha=factor)
+    return total
+
+
 def _sum(
     base: Tensor, bias: Tensor | None, made: Sequence[Tensor], scale: Sequence[float], gains: Sequence[Tensor | None]
 ) -> Tensor:
@@ -121,5 +138,5 @@ def _dropped(x: Tensor, dropout: Sequence[float] | None, place: int) -> Tensor:
     return torch.dropout(x, dropout[place], False) if dropout and dropout[place] else x
 
 
-for _name, _function in (("linear", _linear), ("embedding", _embedding), ("conv", _conv)):
+for _name, _function in (("linear", _linear), ("embedding", _embedding), ("conv", _conv), ("experts", _experts)):
     _library.impl(_name, _function, "CompositeImplicitAutograd")

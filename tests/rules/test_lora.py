@@ -150,3 +150,30 @@ def test_a_convolution_has_one_kernel_for_base_and_a() -> None:
         f g: kernel positions at %conv_default = lora.conv
         """,
     )  # fmt: skip
+
+
+def test_stacked_adapters_count_their_base_s_experts_beside_their_rank() -> None:
+    expect(
+        typed(lambda w, p, q: lora.experts(w, A=[p], B=[q], scale=[0.5]), w=(3, 7, 5), p=(6, 5), q=(7, 6)),
+        """
+        w [a:3, b:7, c:5]
+        p [a:3 * d:2, c:5]
+        q [b:7, d:2 * a:3]
+        -> [a:3, b:7, c:5]
+        zero: a b c
+        """,
+    )
+
+
+def test_turned_experts_have_their_columns_before_their_rows() -> None:
+    expect(
+        typed(lambda w, p, q: lora.experts(w, A=[p], B=[q], scale=[0.5], transposed=True), w=(3, 5, 7), p=(6, 5),
+              q=(7, 6)),
+        """
+        w [a:3, b:5, c:7]
+        p [a:3 * d:2, b:5]
+        q [c:7, d:2 * a:3]
+        -> [a:3, b:5, c:7]
+        zero: a b c
+        """,
+    )  # fmt: skip

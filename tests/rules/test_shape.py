@@ -294,3 +294,26 @@ def test_a_write_of_zeros_keeps_zeros() -> None:
         zero: a b c
         """,
     )
+
+
+def test_a_tensor_set_to_itself_is_itself_and_to_another_a_barrier() -> None:
+    def swapped(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.set_.source_Tensor(x, y)  # type: ignore[no-any-return]  # operators are untyped
+
+    expect(
+        typed(lambda x: swapped(x, x), x=(3, 5)),
+        """
+        x [a:3, b:5]
+        -> [a:3, b:5]
+        zero: a b
+        """,
+    )
+    expect(
+        typed(lambda x, y: swapped(x.clone(), y), x=(3, 5), y=(3, 5)),
+        """
+        x [a!:3, b!:5]
+        y [c!:3, d!:5]
+        -> [e!:3, f!:5]
+        a b c d e f: a tensor takes the memory of another at %set__source_tensor = aten.set_.source_Tensor
+        """,
+    )

@@ -1,4 +1,4 @@
-"""Boxes of composed operators: the base, A and B of a LoRA layer are one box, with the ranks and scales in its title."""
+"""Boxes of composed operators: base, A and B of a LoRA layer are one box, with the ranks and scales in its title."""
 
 from __future__ import annotations
 

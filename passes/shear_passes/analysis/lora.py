@@ -14,6 +14,7 @@ from torch import fx
 
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
+from shear_passes.analysis.lora_experts import stacked
 from shear_passes.analysis.lora_magnitude import Gains
 from shear_passes.analysis.lora_maps import VIEWS, Map, Maps, composed_kind, is_conversion
 from shear_passes.rules.registry import op_name
@@ -97,6 +98,9 @@ class _Finder:
         """Note the composed operator that ends, for now, with ``node``."""
         if composed_kind(node) is not None:
             self.found[node] = _raised(node)
+        elif (adapted := stacked(self.maps, node)) is not None:
+            stack, a, b, scale = adapted
+            self.found[node] = Composed(node, stack, (Branch(a, b, scale),), stack.inside)
         elif _is_sum(node):
             for base, term in _orders(node):
                 made = self._joined(node, self.maps.plain(base), self.maps.plain(term))

@@ -10,7 +10,7 @@ from torch import fx
 from shear_ir.program import Program
 from shear_passes.rules.registry import op_name
 
-MapKind = Literal["linear", "embedding", "conv"]
+MapKind = Literal["linear", "embedding", "conv", "experts"]
 
 _CONVERSIONS = ("aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy")
 VIEWS = ("aten.view", "aten.reshape")
@@ -24,6 +24,8 @@ _UNIT = (1, 0, 1)
 @dataclass(frozen=True, eq=False)
 class Map:
     """``node`` is the image of ``x`` under a parameter; x of an embedding are the indices.
+
+    Stacked experts are the weight itself: node, x and weight are one.
 
     ``turned``: the parameter lies the other way: ``(in, out)`` for a linear map, ``(out, vocab)`` for an embedding.
     ``options``: what else the call says, the same for a base and its A. ``inside``: the calls that make it.
@@ -45,6 +47,8 @@ class Map:
         kind = composed_kind(node)
         assert kind is not None
         args: Any = node.args
+        if kind == "experts":
+            return Map(node, kind, args[0], args[0], turned=bool(node.kwargs.get("transposed")))
         first, second, *rest = args
         weight, x = (first, second) if kind == "embedding" else (second, first)
         bias = None if kind == "embedding" or not rest else rest.pop(0)

@@ -31,6 +31,10 @@ class _Slice(Protocol):
     def expression(self) -> Dim: ...
 
 
+_CHOICES = ("aten.index.Tensor", "aten.index_select", "lora.experts")
+"""Calls whose result is a parameter's for what roles ask: some of its entries, or all of them with adapters."""
+
+
 def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]) -> dict[Axis, Kind]:
     """The kind of every axis that occurs in a parameter; the first of the roles below that fits."""
     kinds: dict[Axis, Kind] = {}
@@ -95,9 +99,9 @@ def _given(program: Program, node: fx.Node) -> bool:
 
 
 def _owned(axes: Axes, node: fx.Node) -> bool:
-    """Whether a value is a parameter, or one seen through a transpose, a view or a choice of experts."""
+    """Whether a value is a parameter, or one seen through a transpose, a view, a choice of experts or adapters."""
     while isinstance(first := node.args[0] if node.args else None, fx.Node) and (
-        axes.vanish.get(node.name) is Vanish.MOVED or op_name(node) in ("aten.index.Tensor", "aten.index_select")
+        axes.vanish.get(node.name) is Vanish.MOVED or op_name(node) in _CHOICES
     ):
         node = first
     param = axes.program.param(node)
@@ -105,8 +109,12 @@ def _owned(axes: Axes, node: fx.Node) -> bool:
 
 
 def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
-    """What lies between B and A of every low-rank branch."""
-    return {a for made in find_lora(program) for branch in made.branches for a in atoms(axes.dims(branch.a)[0])}
+    """What lies between B and A of every low-rank branch, without the experts that stacked adapters count as well."""
+    found: set[Axis] = set()
+    for made in find_lora(program):
+        between = _atoms([axes.dims(branch.a)[0] for branch in made.branches])
+        found |= between - _atoms(axes.dims(made.base.weight))
+    return found
 
 
 def _residual(program: Program, axes: Axes) -> set[Axis]:

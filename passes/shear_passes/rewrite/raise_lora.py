@@ -57,6 +57,7 @@ def _can_stand(program: Program, made: Composed) -> bool:
 def _live(program: Program, calls: Mapping[fx.Node, Composed]) -> set[fx.Node]:
     """Every node but what only served the calls that go."""
     gone = {node for c in calls.values() for node in c.inside} - calls.keys()
+    gone |= {root for root in calls if not root.users}
     read = {c.base.x for c in calls.values()}
     live: set[fx.Node] = set()
     for node in reversed(program.nodes):
@@ -71,8 +72,8 @@ def _live(program: Program, calls: Mapping[fx.Node, Composed]) -> set[fx.Node]:
 def _call(graph: fx.Graph, made: Composed, copies: dict[fx.Node, fx.Node]) -> fx.Node:
     base, branches = made.base, made.branches
     target = getattr(torch.ops.lora, base.kind).default
-    tensors = (base.weight, base.x) if base.kind == "embedding" else (base.x, base.weight, base.bias)
-    args = [*tensors, *base.options]
+    tensors = {"embedding": (base.weight, base.x), "experts": (base.weight,)}
+    args = [*tensors.get(base.kind, (base.x, base.weight, base.bias)), *base.options]
     kwargs: dict[str, Any] = {
         "A": [b.a for b in branches],
         "B": [b.b for b in branches],

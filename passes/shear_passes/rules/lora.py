@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import shear_passes.composed  # noqa: F401  # defines the operators
-from shear_ir.axes import Dim, Dims
+from shear_ir.axes import Dim, Dims, axis, product
 from shear_passes.rules.conv import conv
 from shear_passes.rules.registry import Site, rule
 
@@ -57,6 +57,21 @@ def convolution(
     _branches(site, 0, x[: 1 - len(weight)], weight[1:], weight[0], A, B, options)
     _magnitudes(site, 1, weight[1:], weight[0], A, options)
     return y
+
+
+@rule(_lora.experts.default)
+def experts(site: Site, weight: Dims, *, A: list[Dims], B: list[Dims], transposed: bool = False, **_: Any) -> Dims:
+    """``y[e, o, i] = w[e, o, i] + sum_k s_k sum_r B_k[o, (r, e)] A_k[(e, r), i]``, or the last two dims turned."""
+    count, *rest = weight
+    in_, out = rest if transposed else (rest[1], rest[0])
+    nodes: Any = site.node.kwargs
+    site.contract([], [(0, weight)])
+    for place, (a, b) in enumerate(zip(A, B, strict=True)):
+        rank = axis(a[0].size // count.size)
+        for mine, other in ((a[0], product((count, rank))), (b[1], product((rank, count))), (a[1], in_), (b[0], out)):
+            site.equate(mine, other)
+        site.contract([rank], [(nodes["B"][place], (count, out)), (nodes["A"][place], (count, in_))])
+    return weight
 
 
 def _branches(

@@ -146,3 +146,11 @@ def copy_(site: Site, x: Dims, source: Dims, *_: Any) -> Dims:
             site.equate(mine, other)
     site.contract([], [(1, source)])
     return x
+
+
+@rule(aten.set_.source_Tensor, vanish=Vanish.MOVED)
+def set_(site: Site, x: Dims, source: Dims) -> Dims | Results:
+    """A tensor takes the memory of another; only of itself, as PEFT does to a parameter that it adapts."""
+    if site.node.args[0] is not site.node.args[1]:
+        return site.barrier("a tensor takes the memory of another")
+    return x
