@@ -116,7 +116,8 @@ def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -
     if record.stock:
         small = load_model(str(folder), trust_remote_code=trust_remote_code).model
     else:
-        dense = model if model is not None else _dense(document, folder)
+        known = plain_base(model) if model is not None and has_adapters(model) else model
+        dense = known if known is not None else _dense(document, folder)
         small = _filled(folder, dense, record)
     object.__setattr__(small, RECORD, record)
     small.eval()

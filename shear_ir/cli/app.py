@@ -11,6 +11,7 @@ from shear_ir import __version__
 from shear_ir.cli.dump import dump
 from shear_ir.cli.groups import groups
 from shear_ir.cli.opt import opt
+from shear_ir.cli.project import project
 from shear_ir.cli.prune import prune
 from shear_ir.cli.verify import verify
 from shear_ir.cli.visualize import visualize
@@ -30,6 +31,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     prune: ("Write a smaller model.", "./my-llama --ratio 0.2 --round-to 64 -o ./my-llama-small"),
     verify: ("Compare a smaller model with its original.", "./my-llama ./my-llama-small"),
     opt: ("Run passes.", "./my-llama -p 'select-uniform{ratio=0.2 round_to=8},shear,dead-code' --time-passes"),
+    project: ("Cut an adapter for a smaller base.", "./my-adapter --plan ./my-llama-small -o ./my-adapter-small"),
 }
 
 for _command, (_short, _example) in _EXAMPLES.items():

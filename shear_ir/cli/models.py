@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None, *, weights: bool = True) -> LoadedModel:
-    """The model that ``spec`` names; a folder of shear-ir's own comes with the record of its cuts."""
+    """The model that ``spec`` names; one of shear-ir's own, or an adapter on it, comes with the record of its cuts."""
     import torch
 
-    from shear_ir.frontend.files import SHEARED
+    from shear_ir.frontend.adapter_files import base_of
+    from shear_ir.frontend.files import ADAPTER_CONFIG, SHEARED
     from shear_ir.frontend.load import LoadedModel, load_model
 
     folder = Path(spec).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
-    if not (folder / SHEARED).is_file():
+    base = Path(base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
+    if not (base / SHEARED).is_file():
         return load_model(spec, trust_remote_code=trust, dtype=wanted, weights=weights)
     loaded = LoadedModel(open_sheared(folder, trust=trust), spec, folder)
     if wanted is not None:

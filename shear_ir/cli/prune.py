@@ -42,12 +42,20 @@ def prune(
     skip: options.SkipOption = None,
     kinds: options.KindsOption = None,
     seed: options.SeedOption = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge/--keep-adapters", help="Merge the active adapters of a PEFT model, or cut and keep them."
+        ),
+    ] = False,
     stock: options.StockOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Remove a share of MODEL's parameters and write a smaller model of the same class to OUT.
+
+    A PEFT model keeps its adapters, each in a folder of its own under OUT/adapters, unless they are merged.
 
     The result is compared with MODEL whose removed units are masked to zero before anything is saved. A folder that
     holds only a config can be planned with --dry-run.
@@ -56,7 +64,7 @@ def prune(
         importance=importance, round_to=round_to, uniform=uniform, only=only, skip=skip, kinds=kinds, seed=seed,
         stock=stock,
     )  # fmt: skip
-    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify)
+    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge)
     asked.check()
     with console.Steps(*asked.steps()) as step:
         result = asked.run(step, trust_remote_code, dtype)
@@ -83,6 +91,7 @@ class _Asked:
     dry_run: bool
     plan_out: Path | None
     verify: bool
+    merge: bool
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
@@ -111,6 +120,7 @@ class _Asked:
     def run(self, step: console.Steps, trust: bool, dtype: options.Dtype | None) -> report.Pruned:
         """The whole road; nothing is saved that is not sound."""
         from shear_ir import pipeline
+        from shear_ir.frontend.base import has_adapters
         from shear_ir.plans import Plan
 
         ready = None if self.file is None else Plan.load(self.file)
@@ -118,8 +128,10 @@ class _Asked:
             loaded = open_model(self.spec, trust, dtype)
         if loaded.config_only and not self.dry_run:
             raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
+        if self.merge and not has_adapters(loaded.model):
+            raise ShearError(f"{self.spec} has no adapters to merge")
         with step("tracing"):
-            program = pipeline.trace(loaded.model)
+            program = pipeline.trace(loaded.model) if ready is None else pipeline.planned_program(loaded.model, ready)
         with step("analysing"):
             groups = pipeline.groups(program)
         with step("selecting"):
@@ -128,7 +140,7 @@ class _Asked:
         if self.dry_run or self.out is None:
             return result
         with step("shearing"):
-            small = pipeline.shear(loaded.model, plan)
+            small = pipeline.shear(loaded.model, plan, merge=self.merge)
         if self.verify:
             with step("verifying"):
                 result.verified = pipeline.verify(loaded.model, small, plan)

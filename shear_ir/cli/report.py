@@ -74,7 +74,7 @@ def put(result: Pruned) -> None:
     if result.verified is not None:
         console.put_lines(f"check  {result.verified}")
     stock, why = result.stock
-    kind = type(result.model).__name__
+    kind = type(_base(result.model)).__name__
     reads = "shear_ir.load(OUT)" if _pretrained(result.model) else "shear_ir.load(OUT, model=...)"
     loads = f"yes: {kind}.from_pretrained loads it" if stock else f"no ({why}): {reads} does"
     console.put_lines(f"stock  {loads}")
@@ -106,7 +106,12 @@ def as_json(result: Pruned) -> dict[str, Any]:
 
 def _pretrained(model: nn.Module) -> bool:
     """Whether the class of ``model`` is one of transformers, which its saved config names."""
-    return hasattr(model, "save_pretrained") and not hasattr(model, "peft_config")
+    return hasattr(_base(model), "save_pretrained")
+
+
+def _base(model: nn.Module) -> Any:
+    """The model that a PEFT model adapts, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _foreseen(result: Pruned) -> tuple[bool, str]:

@@ -31,6 +31,7 @@ def verify(
     Exit code 0: OUT computes what MODEL with its removed units masked to zero computes. 1: it does not. Half precision
     is compared in float32.
     """
+    from shear_backends.adapter_store import ADAPTERS
     from shear_backends.store import PLAN_FILE
     from shear_ir import pipeline
     from shear_ir.frontend.files import SHEARED
@@ -38,14 +39,15 @@ def verify(
 
     if not (out / SHEARED).is_file():
         raise ShearError(f"{out} was not written by shear-ir: it holds no {SHEARED}")
-    plan = Plan.load(out / PLAN_FILE)
+    whole = out / ADAPTERS / PLAN_FILE
+    plan = Plan.load(whole if whole.is_file() else out / PLAN_FILE)
     with console.Steps("loading", "tracing", "verifying") as step:
         with step("loading"):
             dense = open_model(model, trust_remote_code, dtype)
         if dense.config_only:
             raise ShearError(f"{model} has no weights, only a config: there is nothing to compare with")
         with step("tracing"):
-            plan.require(pipeline.trace(dense.model).digest)
+            pipeline.planned_program(dense.model, plan)
         with step("verifying"):
             found = pipeline.verify(dense.model, _small(out, dense, trust_remote_code), plan)
     if json:
@@ -60,5 +62,8 @@ def _small(out: Path, dense: LoadedModel, trust: bool) -> nn.Module:
     """OUT as its users load it: with the dense model's help only where its class needs that."""
     import transformers
 
-    alone = dense.source is not None and hasattr(transformers, type(dense.model).__name__)
-    return open_sheared(out, None if alone else dense.model, trust)
+    from shear_ir.frontend.base import has_adapters, plain_base
+
+    base = plain_base(dense.model) if has_adapters(dense.model) else dense.model
+    alone = dense.source is not None and hasattr(transformers, type(base).__name__)
+    return open_sheared(out, None if alone else base, trust)
