@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from tests.golden import expect
+from tests.roads import trace, units
 from tests.rules.typed import typed
 
 
@@ -130,6 +132,36 @@ def test_repeat_interleave_lays_copies_side_by_side() -> None:
         zero: a
         """,
     )
+
+
+def test_a_stated_number_of_copies_follows_what_is_repeated() -> None:
+    expect(
+        typed(lambda x: x.repeat_interleave(3, dim=-1, output_size=12), x=(5, 4)),
+        """
+        x [a:5, b:4]
+        -> [a:5, b:4 * c:3]
+        zero: a b
+        """,
+    )
+
+
+class Copies(nn.Module):
+    """Reads three copies of each channel, and says how many that makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 10)
+        self.outer = nn.Linear(30, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x).repeat_interleave(3, dim=-1, output_size=self.outer.in_features))
+
+
+def test_the_stated_number_follows_when_channels_go() -> None:
+    copies = trace(Copies())
+    (channels,) = copies.able("ffn")
+    plan = copies.without({channels: units(channels, 0.5)})
+    assert copies.report(copies.graph(plan), plan).sound
 
 
 def test_repeat_interleave_of_a_flattened_tensor_is_not_followed() -> None:

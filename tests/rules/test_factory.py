@@ -115,3 +115,14 @@ def test_a_constant_in_the_code_is_not_masked() -> None:
         -> [a:5]
         """,
     )
+
+
+def test_a_fill_by_a_number_in_a_tensor_is_a_fill() -> None:
+    expect(
+        typed(lambda x, value: x.clone().fill_(value), x=(5, 4), value=()),
+        """
+        x     [a:5, b:4]
+        value []
+        ->    [a:5, b:4]
+        """,
+    )

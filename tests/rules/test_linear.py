@@ -236,3 +236,17 @@ def test_a_square_product_binds_rows_and_columns_to_one_axis() -> None:
         -> [a:5, a:5]
         """,
     )
+
+
+def test_bilinear_sums_over_both_inputs() -> None:
+    expect(
+        typed(torch.nn.functional.bilinear, input1=(7, 4), input2=(7, 5), weight=(3, 4, 5), bias=(3,)),
+        """
+        input1 [a:7, b:4]
+        input2 [a:7, c:5]
+        weight [d:3, b:4, c:5]
+        bias   [d:3]
+        ->     [a:7, d:3]
+        zero: d
+        """,
+    )

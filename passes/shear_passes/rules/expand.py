@@ -94,3 +94,5 @@ def resize_repeat_interleave(change: Change) -> None:
     x = change.dims(0)
     place = wrap(change.node.args[2] if len(change.node.args) > 2 else 0, len(x))  # type: ignore[arg-type]
     change.set(1, change.size(change.out[place]) // change.size(x[place]))
+    if isinstance(change.node.kwargs.get("output_size"), int):
+        change.set("output_size", change.size(change.out[place]))

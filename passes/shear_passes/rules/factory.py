@@ -42,7 +42,7 @@ def resize_new_fill(change: Change) -> None:
 
 @rule(
     aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
-    aten.zero_.default, aten.fill_.Scalar,
+    aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor,
 )  # fmt: skip
 def like(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """The same value everywhere, in the shape of ``x``."""

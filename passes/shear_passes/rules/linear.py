@@ -28,6 +28,20 @@ def linear(site: Site, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
     return (*x[:-1], out)
 
 
+@rule(aten.bilinear.default)
+def bilinear(site: Site, x: Dims, y: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
+    """``z[..., o] = sum_ij x[..., i] * w[o, i, j] * y[..., j] + b[o]``."""
+    out, left, right = weight
+    site.equate(x[-1], left)
+    site.equate(y[-1], right)
+    if bias is not None:
+        site.equate(bias[0], out)
+    lead = broadcast(site, [x[:-1], y[:-1]])
+    site.contract([left], [(0, x[:-1]), (2, [out, right])], inner=True)
+    site.contract([right], [(1, y[:-1]), (2, [out])], added=[3])
+    return (*lead, out)
+
+
 @rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)
 def matmul(site: Site, a: Dims, b: Dims) -> Dims:
     """``y[..., m, n] = sum_k a[..., m, k] * b[..., k, n]``; leading dims broadcast, vectors have no m or n."""
