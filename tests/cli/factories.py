@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+import peft
 from torch import nn
 
 from tests.zoo import MLP, build
@@ -20,6 +21,11 @@ def talkative() -> nn.Module:
     """The same; it prints while it is built."""
     print("building")
     return mlp()
+
+
+def adapted() -> nn.Module:
+    """The gated MLP with adapters on two of its layers."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=3, target_modules=["gate", "down"]), mlp())
 
 
 def other() -> nn.Module:

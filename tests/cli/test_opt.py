@@ -91,3 +91,11 @@ def test_a_plan_file_is_applied(shear: Command, tmp_path: Path) -> None:
 )
 def test_a_wrong_pipeline_is_one_sentence(shear: Command, passes: str, said: str) -> None:
     assert shear("opt", MLP, "-p", passes).sentence == said
+
+
+def test_adapters_are_raised_where_they_are_asked_to_be(shear: Shear) -> None:
+    adapted = "tests.cli.factories:adapted"
+    ran = shear("opt", adapted, "-p", "raise-lora,select-uniform{ratio=0.2},shear", "--verify-each", "--json").json
+    assert [step["operators"] for step in ran["steps"]] == [5, 5, 5]
+    assert ran["steps"][2]["max_abs_diff"] <= 1e-5
+    assert "lora.linear" not in shear("opt", adapted, "-p", "dead-code").out

@@ -53,6 +53,13 @@ def test_dump_prints_the_program_or_writes_it(shear: Shear, tmp_path: Path) -> N
     )
 
 
+def test_dump_prints_an_adapted_layer_as_one_operator(shear: Shear) -> None:
+    text = shear("dump", "tests.cli.factories:adapted").out
+    assert sum(" = lora.linear(" in line for line in text.splitlines()) == 2
+    assert "A=[@gate.lora_A.default.weight], B=[@gate.lora_B.default.weight], scale=[2.6666666666666665])" in text
+    assert "aten.add" not in text
+
+
 def test_visualize_draws_and_replaces_a_picture(shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shear("prune", MLP, "--ratio", "0.2", "--dry-run", "--plan-out", "plan.json")
