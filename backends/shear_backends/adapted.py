@@ -101,7 +101,7 @@ def merged(model: nn.Module) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tied embeddings, which are untied here
             plain: nn.Module = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
-    except (ValueError, NotImplementedError) as failure:
+    except (ValueError, RuntimeError) as failure:
         raise ShearingError(f"the adapters cannot be merged: {str(failure).splitlines()[0]}") from failure
     found = _predicted(plain, feed)
     scale = max([1.0, *(float(t.abs().max()) for t in expected if t.numel())])
