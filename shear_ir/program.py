@@ -63,7 +63,8 @@ class Program:
     types of its tensor results (one for a tensor, several for a tuple). ``params`` by canonical name, in graph order;
     ``of_placeholder`` maps a placeholder to its Param. ``constants`` holds the small tensors the trace lifted.
     ``caches``: whether the model keeps keys and values per generated token. ``dynamic``: whether batch and length
-    stayed symbolic, so that the graph runs at other sizes.
+    stayed symbolic, so that the graph runs at other sizes; ``fixed``: inputs by name with the dims that did not,
+    because the model's forward takes their size as a number.
     """
 
     graph: fx.Graph
@@ -74,6 +75,7 @@ class Program:
     constants: Mapping[str, Tensor] = field(default_factory=dict)
     caches: bool = False
     dynamic: bool = False
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     owner: str = "model"
 
     # The two methods that ask for what lies above this layer find it by name.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+from shear_ir.errors import ShearingError
 from shear_ir.program import Program
 
 
@@ -13,7 +16,8 @@ def graph_module(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphMod
     """``program`` as a module whose parameters keep their names; ``tensors`` by name, cut as the program says.
 
     It takes the program's inputs by name or position and returns a tuple of tensors. A program traced with
-    ``dynamic=True`` runs at any batch size and length.
+    ``dynamic=True`` runs at any batch size and length, except where the model's own forward fixes one: then other
+    sizes raise ``ShearingError``.
     """
     root = nn.Module()
     graph = fx.Graph()
@@ -29,7 +33,32 @@ def graph_module(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphMod
             copies[node] = graph.get_attr(_register(root, program, name, tensors))
         elif node not in copies and node.op != "placeholder":
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(root, graph, class_name=f"Sheared{program.owner}")
+    module = fx.GraphModule(root, graph, class_name=f"Sheared{program.owner}")
+    module.register_forward_pre_hook(_Sizes.of(program), with_kwargs=True)
+    return module
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Refuses inputs of other sizes than those that the trace has fixed."""
+
+    names: tuple[str, ...]
+    fixed: dict[str, dict[int, int]]
+
+    @classmethod
+    def of(cls, program: Program) -> _Sizes:
+        """The sizes that are fixed in the graph of ``program``."""
+        shapes = {name: program.types[name][0].shape for name in program.inputs}
+        return cls(program.inputs, {n: {d: shapes[n][d] for d in dims} for n, dims in program.fixed.items()})
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for name, value in (*zip(self.names, args, strict=False), *kwargs.items()):
+            for dim, size in self.fixed.get(name, {}).items():
+                if value.shape[dim] != size:
+                    raise ShearingError(
+                        f"{name} has size {value.shape[dim]} in dim {dim}, but the graph runs at {size} alone, "
+                        "the size it was traced with: use the module backend, or trace with inputs of that size"
+                    )
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -140,6 +141,9 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
     of_placeholder: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
     placeholders_of: dict[str, fx.Node] = {}
+    # Before anything asks for a size as a number, which settles it for good.
+    fed = [n for n, spec in zip(placeholders, signature.input_specs, strict=True) if spec.kind not in _KINDS]
+    fixed = {name: _fixed_dims(node) for name, node in zip(feed, fed, strict=True)}
     feeds = iter(feed)
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         kind = _KINDS.get(spec.kind)
@@ -171,8 +175,14 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
         constants=constants,
         caches=bool(getattr(config, "use_cache", False)),
         dynamic=dynamic,
+        fixed=fixed,
         owner=type(model).__name__,
     )
+
+
+def _fixed_dims(node: fx.Node) -> tuple[int, ...]:
+    """The dims of an input whose sizes are numbers in the graph."""
+    return tuple(dim for dim, size in enumerate(node.meta["val"].shape) if is_concrete_int(size))
 
 
 def _canonical_names(model: nn.Module) -> dict[str, str]:
