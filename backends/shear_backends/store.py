@@ -5,23 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shear_backends.adapter_store import ADAPTERS, has_saved_adapters, same_active, with_adapters, write_adapters
 from shear_backends.adapters import require_lora
-from shear_backends.attributes import Overrides
 from shear_backends.folder import written_whole
-from shear_backends.gathers import Gather
 from shear_backends.graph import tensors_of
 from shear_backends.module import RECORD, Recipe, Record, build, cut_by_id
+from shear_backends.record_file import RECORD_FILE, RecordDocument, read_record, write_record
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
@@ -30,9 +28,7 @@ from shear_ir.frontend.files import ADAPTER_CONFIG
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.load import load_model, quiet
 from shear_ir.plans import Plan, write_text
-from shear_passes.rewrite.rescale_norm import NormFix
 
-RECORD_FILE = "shear_ir.json"
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
 # What belongs to a model beside weights and config: data files only, never code.
@@ -111,7 +107,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code:
 def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -> nn.Module:
     if not (folder / RECORD_FILE).is_file():
         raise LoadError(f"{folder} was not written by shear-ir: it holds no {RECORD_FILE}")
-    document = _read_record(folder)
+    document = read_record(folder)
     record = document.record(Plan.load(folder / PLAN_FILE))
     if record.stock:
         small = load_model(str(folder), trust_remote_code=trust_remote_code).model
@@ -136,7 +132,7 @@ def _write_model(model: nn.Module, folder: Path, record: Record) -> tuple[bool, 
     stock, note = _stock(model, folder, record) if pretrained else (False, "not a transformers model")
     if record.stock and not stock:
         _write(model, folder, pretrained, stock)
-    _write_record(folder, model, replace(record, stock=stock))
+    write_record(folder, model, replace(record, stock=stock))
     return stock, note
 
 
@@ -260,7 +256,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _dense(document: _RecordDocument, folder: Path) -> nn.Module:
+def _dense(document: RecordDocument, folder: Path) -> nn.Module:
     """The dense class, its parameters on the meta device and its computed buffers real."""
     import transformers
 
@@ -290,72 +286,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class _NormDocument(_Strict):
-    module: str
-    eps: float | None
-    parameter: str
-    offset: float
-    factor: float
-
-
-class _GatherDocument(_Strict):
-    module: str
-    argument: str | int
-    dim: int
-    period: int
-    kept: list[int]
-
-
-class _RecordDocument(_Strict):
-    format: Literal["shear-ir record 1"]
-    model_class: str
-    stock: bool
-    config: dict[str, Any] | None
-    attributes: dict[str, dict[str, int | list[int]]]
-    norms: list[_NormDocument]
-    gathers: list[_GatherDocument]
-
-    def record(self, plan: Plan) -> Record:
-        """The record of the file, with the plan that lies beside it."""
-        return Record(
-            plan, self.config, self.stock, self.attributes,
-            tuple(NormFix(**n.model_dump()) for n in self.norms),
-            tuple(Gather(**{**g.model_dump(), "kept": tuple(g.kept)}) for g in self.gathers),
-        )  # fmt: skip
-
-
-def _write_record(folder: Path, model: nn.Module, record: Record) -> None:
-    attributes: Overrides = {path: dict(values) for path, values in record.attributes.items()}
-    document = _RecordDocument(
-        format="shear-ir record 1",
-        model_class=type(model).__name__,
-        stock=record.stock,
-        config=_plain(record.config),
-        attributes=attributes,
-        norms=[_NormDocument(**asdict(n)) for n in record.norms],
-        gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
-    )
-    write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
-
-
-def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A config as JSON types: dtypes as their names."""
-    if config is None:
-        return None
-    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in config.items()}
-
-
-def _read_record(folder: Path) -> _RecordDocument:
-    try:
-        return _RecordDocument.model_validate_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{folder / RECORD_FILE} is damaged: {str(failure).splitlines()[0]}") from failure
 
 
 def _card(model: nn.Module, plan: Plan, stock: bool, note: str) -> str:
