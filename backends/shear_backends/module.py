@@ -81,6 +81,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
         if judge.agrees(build(model, cuts, recipe)):
             return recipe
+    judge.require_trace(model)
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
         f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
@@ -246,6 +247,19 @@ class _Judge:
         self.why = self.why or f" (outputs differ by {gap:.3g})"
         tolerance = TOLERANCE if self.expected[0].dtype in (torch.float32, torch.float64) else 0.05
         return gap <= tolerance * self.scale
+
+    def require_trace(self, model: nn.Module) -> None:
+        """Raise ``ShearingError`` where the graph of the dense model does not compute what the model itself does."""
+        if self.meta:
+            return
+        with evaluation(model), torch.no_grad():
+            gap = difference(run(model, self.feed), graph_module(self.groups.program, tensors_of(model))(**self.feed))
+        if gap > 0.05 * self.scale:
+            raise ShearingError(
+                f"the trace of {type(model).__name__} is not its function, they differ by {gap:.3g} before anything "
+                "is removed: its forward draws random numbers or takes another way under torch.export; pass inputs "
+                "that leave it no choice, such as its masks"
+            )
 
     def _same_graph(self, small: nn.Module) -> bool:
         other = raise_lora(trace(small, self.feed))

@@ -65,7 +65,7 @@ def verify(
     """Compare ``small`` with ``model`` masked by ``plan`` on random inputs of two batch sizes and lengths.
 
     ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
-    one the plan was made for.
+    one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
     """
     worst = scale = moved = 0.0
     with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
@@ -76,8 +76,20 @@ def verify(
             worst = _largest([worst, difference(expected, found)])
             moved = _largest([moved, difference(expected, dense)])
             scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])
+            if not worst <= tolerance * max(1.0, scale):
+                _refuse_chance(model, feed, dense, tolerance)
     lengths = tuple(tuple(next(iter(f.values())).shape) for f in feeds)
     return Report(worst, scale, tolerance, lengths, moved)
+
+
+def _refuse_chance(model: nn.Module, feed: Inputs, first: Sequence[Tensor], tolerance: float) -> None:
+    """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
+    gap = difference(first, run(model, feed))
+    if gap > tolerance:
+        raise UnsoundError(
+            f"{type(model).__name__} gives outputs that differ by {gap:.3g} when it reads one input twice: its forward "
+            "draws random numbers, so nothing can be compared with it; pass what it draws as an input"
+        )
 
 
 def masked(model: nn.Module, kept: Kept) -> nn.Module:
