@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 # Names are imported when they are asked for: the command line must start without torch.
 _HOMES = {
+    "lorashear": "shear_ir.workflow.run",
     "trace": "shear_ir.pipeline",
     "groups": "shear_ir.pipeline",
     "plan": "shear_ir.pipeline",

@@ -1,0 +1,109 @@
+"""The options of a whole run, as a file that people edit: ``recipe.yaml`` has a section per stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from shear_ir.errors import LoadError, PlanError, ShearError
+from shear_ir.training.knowledge import RATIOS
+from shear_ir.training.pruning import Pruning
+from shear_ir.training.settings import Recovery
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the knowledge distribution is measured. Raises ``PlanError`` for a bad value.
+
+    ``ratios``: shares of a group that are masked; ``freeze``: share of the groups that stay whole, the most sensitive;
+    ``rows``: validation rows per source to measure on, all of them when 0.
+    """
+
+    ratios: tuple[float, ...] = RATIOS
+    freeze: float = 0.1
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.freeze <= 1.0:
+            raise PlanError(f"the share of groups to freeze is between 0 and 1, not {self.freeze}")
+        if self.rows < 0:
+            raise PlanError(f"rows to measure on are a number from 0 up, not {self.rows}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``knowledge``, ``pruning`` and ``recovery`` are the options of the stages; ``stages``: those that differ for a
+    stage of ``data.yaml``, by its name."""
+
+    knowledge: Sensitivity = field(default_factory=Sensitivity)
+    pruning: Pruning = field(default_factory=Pruning)
+    recovery: Recovery = field(default_factory=Recovery)
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def stage(self, name: str) -> Recovery:
+        """The options of the recovery stage ``name``."""
+        return replace(self.recovery, **self.stages.get(name, {}))
+
+    def with_options(self, **options: Any) -> Recipe:
+        """The same with options of every training stage, such as ``seed`` and ``device``; None changes nothing."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return replace(self, pruning=replace(self.pruning, **given), recovery=replace(self.recovery, **given))
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe; raises ``LoadError`` with the place and the reason."""
+    try:
+        read = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as failure:
+        raise LoadError(f"the recipe {path} cannot be read: {failure}") from failure
+    except yaml.YAMLError as failure:
+        raise LoadError(f"{path} is no YAML: {' '.join(str(failure).split())}") from failure
+    if not isinstance(read, dict):
+        raise LoadError(f"{path} must be a mapping with sections such as pruning and recovery")
+    sections = {f.name for f in fields(Recipe)}
+    for section in read:
+        if section not in sections:
+            raise LoadError(f"{path} has a section {section}; a recipe has {', '.join(sorted(sections))}")
+    made = Recipe(
+        _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
+        _section(path, "recovery", Recovery, read), read.get("stages") or {},
+    )  # fmt: skip
+    for name, options in made.stages.items():
+        _options(
+            path, f"stages.{name}", Recovery, {**asdict(made.recovery), **_mapping(path, f"stages.{name}", options)}
+        )
+    return made
+
+
+def _section(path: str | Path, name: str, kind: type[Any], read: Mapping[str, Any]) -> Any:
+    return _options(path, name, kind, _mapping(path, name, read.get(name) or {}))
+
+
+def _mapping(path: str | Path, name: str, options: Any) -> Mapping[str, Any]:
+    if not isinstance(options, dict):
+        raise LoadError(f"{path}: {name} must be a mapping of options")
+    return options
+
+
+def _options(path: str | Path, name: str, kind: type[Any], options: Mapping[str, Any]) -> Any:
+    known = {f.name for f in fields(kind)}
+    for option in options:
+        if option not in known:
+            raise LoadError(f"{path}: {name} has no option {option}; it has {', '.join(sorted(known))}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise LoadError(f"{path}: {name}.{place}: {first['msg']}") from failure
+    except ShearError as failure:
+        raise LoadError(f"{path}: {name}: {failure}") from failure

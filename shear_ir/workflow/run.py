@@ -1,0 +1,234 @@
+"""The whole road of LoRAShear as one call; each stage reads what an earlier run of it left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from shear_backends.folder import refuse_existing, written_whole
+from shear_backends.store import Saved
+from shear_ir import pipeline
+from shear_ir.plans import Plan
+from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
+from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources
+from shear_ir.training.journal import weights_digest
+from shear_ir.training.knowledge import Knowledge, measure_knowledge
+from shear_ir.training.pruning import prune
+from shear_ir.training.recovery import recover
+from shear_ir.workflow.measure import compare_speed, sample
+from shear_ir.workflow.recipe import Recipe
+from shear_ir.workflow.report import write_report
+from shear_ir.workflow.work import Work, digest_of
+from shear_passes.analysis.cost import MeasureCosts
+from shear_passes.select.build import build_plan
+from shear_passes.select.uniform import DEFAULT_KINDS
+
+SAMPLE_TOKENS = 24
+"""Tokens of held-out text that a sample of the models' own text goes on from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Where the smaller model lies, and the report beside it as JSON types."""
+
+    saved: Saved
+    plan: Plan
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes: the options of ``shear_ir.plan`` that a run has."""
+
+    ratio: float
+    round_to: int = 1
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+def lorashear(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, ratio: float, data: str | Path,
+    recipe: Recipe | None = None, work: str | Path | None = None, source: Path | None = None, force: bool = False,
+    round_to: int = 1, kinds: tuple[str, ...] = DEFAULT_KINDS, only: tuple[str, ...] = (), skip: tuple[str, ...] = (),
+    command: str = "", progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    """Prune ``model`` by ``ratio`` of its parameters while it trains, recover it, write it and a report to ``out``.
+
+    ``model``: a causal language model, plain or with LoRA adapters; its weights change. ``data``: a ``data.yaml``.
+    ``work``: the folder of the stages' artefacts, beside ``out`` when None; the same call goes on with what is there,
+    and on a CPU ends with the same bits; it is removed at the end. Raises the errors of the stages.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    choice = Choice(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
+    place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
+    run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, progress)
+    return run.go(out, source, force, command)
+
+
+@dataclass(eq=False)
+class _Run:
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+    choice: Choice
+    recipe: Recipe
+    place: Path
+    progress: Progress | None
+    losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
+    samples: dict[str, str] = field(default_factory=dict)
+
+    def go(self, out: Path, source: Path | None, force: bool, command: str) -> Outcome:
+        self.sources = prepare(self.data, self.tokenizer, self.progress)
+        _to_device(self.model, self.recipe.pruning.device)
+        data = {name: (s.train.digest, s.validation.digest) for name, s in self.sources.items()}
+        self.work = Work(self.place, {
+            "weights (of another model)": weights_digest(self.model),
+            "options": digest_of([asdict(self.choice), asdict(self.recipe.knowledge), self.recipe.pruning.digest]),
+            "data": digest_of([data, self.data.model_dump(mode="json", include={"stages"})]),
+        })  # fmt: skip
+        self._note("dense", self.model)
+        knowledge = self._knowledge()
+        small, plan, pruned = self._pruned(knowledge)
+        self._note("pruned", small)
+        stages = []
+        for number, stage in enumerate(self.data.road):
+            settings = self.recipe.stage(stage.name)
+            rows = {name: self.sources[name] for name in stage.sources}
+            found = recover(
+                small, rows, {n: loss.nll for n, loss in self.losses["dense"].items()}, settings,
+                self.work.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=self.progress,
+            )  # fmt: skip
+            small = found.model
+            stages.append(found.to_json())
+            self._note(stage.name, small)
+        report = {
+            "command": command, "choice": asdict(self.choice), "recipe": self.recipe.to_json(),
+            "data": self.data.model_dump(mode="json"), "plan": plan, "knowledge": knowledge, "pruning": pruned,
+            "losses": self.losses, "samples": self.samples, "stages": stages,
+        }  # fmt: skip
+        return self._save(small, plan, report, out, source, force)
+
+    def _note(self, name: str, model: nn.Module) -> None:
+        """Measure a model on every source, and let it write; once, for the numbers are kept."""
+
+        def make() -> dict[str, Any]:
+            found = evaluate_sources(model, self.sources, **self._measuring(), progress=self.progress)
+            return {"losses": {n: asdict(loss) for n, loss in found.items()}, "sample": self._sample(model)}
+
+        read = self.work.document(f"losses-{name}.json", make)
+        self.losses[name] = {n: Loss(**loss) for n, loss in read["losses"].items()}
+        self.samples[name] = read["sample"]
+
+    def _measuring(self) -> dict[str, Any]:
+        return {"batch": self.recipe.recovery.eval_batch, "bf16": self.recipe.recovery.bf16}
+
+    def _sample(self, model: nn.Module) -> str:
+        rows = next(iter(self.sources.values())).validation
+        prompt = rows.ids[0, : min(SAMPLE_TOKENS, int(rows.lengths[0]))].tolist()
+        begun = str(self.tokenizer.decode(prompt, skip_special_tokens=True))
+        return f"{begun}⟶{sample(model, self.tokenizer, prompt)}"
+
+    def _knowledge(self) -> Knowledge:
+        groups = pipeline.groups(pipeline.trace(self.model))
+        asked = self.recipe.knowledge
+        rows = {n: s.validation[: asked.rows] if asked.rows else s.validation for n, s in self.sources.items()}
+
+        def loss(model: nn.Module) -> float:
+            found = [evaluate(model, each, **self._measuring()) for each in rows.values()]
+            return sum(each.nll for each in found) / len(found)
+
+        path, partial = self.work.path("knowledge.json"), self.work.path("knowledge.partial.json")
+
+        def make() -> None:
+            told = self.progress
+            made = measure_knowledge(
+                self.model, groups, loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
+                progress=None if told is None else lambda done, total: told("measuring knowledge", done, total),
+                resume=partial,
+            )  # fmt: skip
+            made.save(path)
+            partial.unlink(missing_ok=True)
+
+        self.work.once(path.is_file(), make)
+        return Knowledge.load(path)
+
+    def _target(self, knowledge: Knowledge) -> Plan:
+        """How many units of each group go; training decides which."""
+        chosen = self.choice
+        return pipeline.plan(
+            pipeline.trace(self.model), ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
+            only=chosen.only, skip=chosen.skip, frozen=knowledge.frozen, uniform=not self.recipe.pruning.compete,
+        )  # fmt: skip
+
+    def _pruned(self, knowledge: Knowledge) -> tuple[nn.Module, Plan, dict[str, Any]]:
+        """The sheared model as it was saved: a run that is gone on with is no other than one that was not stopped."""
+        folder = self.work.path("pruned")
+        dense = self.model
+        if not folder.is_dir():
+            made = prune(
+                self.model, pipeline.groups(pipeline.trace(self.model)), self._target(knowledge), self._first(),
+                self.recipe.pruning, self.work.path("lhspg"), self._told("pruning"),
+            )  # fmt: skip
+            dense = made.model
+            self.work.once(False, lambda: self._shear(dense, made.kept, {"steps": made.steps, "tokens": made.tokens}))
+        small = pipeline.load(folder, dense)
+        _to_device(small, self.recipe.pruning.device)
+        return small, Plan.load(folder / "plan.json"), self.work.document("pruning.json", dict)
+
+    def _first(self) -> dict[str, Source]:
+        """What is trained on while units go: the sources of the first stage."""
+        return {name: self.sources[name] for name in self.data.road[0].sources}
+
+    def _shear(self, dense: nn.Module, kept: Mapping[str, Any], pruned: dict[str, Any]) -> None:
+        program = pipeline.trace(dense)
+        groups = pipeline.groups(program)
+        plan = build_plan(
+            groups, pipeline.analyses(program).get(MeasureCosts()), {groups.by_name[n]: k for n, k in kept.items()},
+            options={**asdict(self.choice), "frozen": []}, reason="zero at the end of LHSPG",
+        )  # fmt: skip
+        small = pipeline.shear(dense, plan)
+        pipeline.verify(dense, small, plan).raise_if_unsound()
+        rows = next(iter(self.sources.values())).validation
+        ids = rows.ids[: min(4, len(rows)), : int(rows.lengths[:4].min())].long()
+        speeds = compare_speed([dense, small], ids)
+        document = {**pruned, "speed": {"dense": asdict(speeds[0]), "sheared": asdict(speeds[1])}}
+        self.work.document("pruning.json", lambda: document)
+        pipeline.save(small, self.work.path("pruned"), force=True)
+
+    def _told(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    def _save(
+        self, small: nn.Module, plan: Plan, report: dict[str, Any], out: Path, source: Path | None, force: bool
+    ) -> Outcome:
+        saved: list[Saved] = []
+
+        def make() -> None:
+            result = self.work.path("result")
+            saved.append(pipeline.save(small, result, source=source, force=True))
+            report["stock"], report["note"] = saved[0].stock, saved[0].note
+            report["document"] = write_report(report, result)
+            with written_whole(out, force) as beside:
+                for item in result.iterdir():
+                    os.rename(item, beside / item.name)
+            shutil.rmtree(self.place, ignore_errors=True)
+
+        self.work.once(False, make)
+        done = Saved(out, saved[0].stock, saved[0].note) if saved else Saved(out, False)
+        return Outcome(done, plan, report.get("document", {}))
+
+
+def _to_device(model: nn.Module, device: str | None) -> None:
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,0 +1,67 @@
+"""The folder of a run: what each stage left, so that a run that was stopped goes on with what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from shear_ir.errors import PlanError, SaveError
+from shear_ir.plans import write_text
+
+RUN_FILE = "run.json"
+
+
+class Work:
+    """One run's folder. Only the main process of several writes; the others wait and read what it wrote.
+
+    ``digests``: what the run was begun with, by the words that a refusal uses. Raises ``PlanError`` for a folder of
+    another run, ``SaveError`` where none can be made.
+    """
+
+    def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.state = PartialState()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise SaveError(f"{folder} cannot be made: {failure.strerror}") from failure
+        begun = self.document(RUN_FILE, lambda: dict(digests))
+        for what, digest in digests.items():
+            if begun.get(what) != digest:
+                raise PlanError(
+                    f"{folder} holds a run that was begun with other {what}: remove the folder to begin anew, or give "
+                    "what it was begun with"
+                )
+
+    def path(self, name: str) -> Path:
+        """Where the artefact ``name`` lies, there or not."""
+        return self.folder / name
+
+    def document(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The JSON artefact ``name``, made by the main process when it is not there."""
+        path = self.path(name)
+        self.once(path.is_file(), lambda: write_text(path, json.dumps(make(), indent=1)))
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as failure:
+            raise PlanError(f"{path} cannot be read: remove it, and it is made anew") from failure
+        if not isinstance(read, dict):
+            raise PlanError(f"{path} is no artefact of this stage: remove it, and it is made anew")
+        return read
+
+    def once(self, done: bool, make: Callable[[], object]) -> None:
+        """Have the main process ``make`` something unless it is ``done``; returns when it is there for everybody."""
+        self.state.wait_for_everyone()
+        if not done and self.state.is_main_process:
+            make()
+        self.state.wait_for_everyone()
+
+
+def digest_of(document: Any) -> str:
+    """A hash of a JSON document."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:16]
