@@ -10,6 +10,8 @@ import typer
 from shear_ir import __version__
 from shear_ir.cli.dump import dump
 from shear_ir.cli.groups import groups
+from shear_ir.cli.knowledge import knowledge
+from shear_ir.cli.lorashear import lorashear
 from shear_ir.cli.opt import opt
 from shear_ir.cli.project import project
 from shear_ir.cli.prune import prune
@@ -31,6 +33,8 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     prune: ("Write a smaller model.", "./my-llama --ratio 0.2 --round-to 64 -o ./my-llama-small"),
     verify: ("Compare a smaller model with its original.", "./my-llama ./my-llama-small"),
     opt: ("Run passes.", "./my-llama -p 'select-uniform{ratio=0.2 round_to=8},shear,dead-code' --time-passes"),
+    knowledge: ("Say where the knowledge lies.", "./my-llama --data data.yaml -o knowledge.json --plot knowledge.svg"),
+    lorashear: ("Prune while training, and recover.", "./my-llama --ratio 0.2 --data data.yaml -o ./my-llama-small"),
     project: ("Cut an adapter for a smaller base.", "./my-adapter --plan ./my-llama-small -o ./my-adapter-small"),
 }
 

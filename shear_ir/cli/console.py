@@ -59,6 +59,44 @@ class Steps:
         self._progress.advance(self._task)
 
 
+class Told:
+    """Long work that says how far it is: call it with what is being done, how much is done, and how much there is.
+
+    with Told() as told:
+        prepare(..., progress=told)
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None)
+        self._what = ""
+        self._out = redirect_stdout(sys.stderr)
+
+    def __enter__(self) -> Told:
+        self._progress.start()
+        # What foreign code prints meanwhile goes to stderr, for stdout is for results.
+        self._out.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._out.__exit__(kind, error, trace)
+        self._progress.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show it; what is new begins its own time."""
+        if what != self._what:
+            self._what = what
+            self._progress.reset(self._task, description=what, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+
 def put_json(document: Any) -> None:
     """Print a JSON document; numbers that JSON does not have are null."""
     print(json.dumps(_finite(document), indent=2))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from shear_ir.errors import LoadError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from shear_ir.cli.options import Dtype
+    from shear_ir.cli.options import Device, Dtype
     from shear_ir.frontend.load import LoadedModel
 
 
@@ -38,3 +40,36 @@ def open_sheared(folder: Path, model: nn.Module | None = None, trust: bool = Fal
     from shear_backends import store
 
     return store.load(folder, model, trust_remote_code=trust)
+
+
+def open_language_model(
+    spec: str, trust: bool = False, dtype: Dtype | None = None, device: Device | None = None
+) -> tuple[LoadedModel, Any]:
+    """The model that ``spec`` names, with weights, where it is to compute, and its tokenizer.
+
+    Raises ``LoadError`` for one without weights or without a tokenizer, and for a GPU that is not there.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LoadError("--device cuda: torch sees no GPU here")
+    loaded = open_model(spec, trust, dtype)
+    if loaded.config_only or loaded.source is None:
+        raise LoadError(f"{spec} has no {'weights' if loaded.config_only else 'folder with a tokenizer'} to work with")
+    tokenizer = open_tokenizer(loaded.source, trust)
+    loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded, tokenizer
+
+
+def open_tokenizer(folder: Path, trust: bool = False) -> Any:
+    """The tokenizer of a model folder; raises ``LoadError`` where there is none."""
+    from transformers import AutoTokenizer
+
+    from shear_ir.frontend.load import quiet
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as failure:  # whatever stock code raises, the answer is that it does not load
+        said = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        raise LoadError(f"{folder} holds no tokenizer that can be read: {said}") from failure

@@ -76,6 +76,18 @@ StockOption = Annotated[
     ),
 ]
 
+DataOption = Annotated[
+    Path,
+    typer.Option(
+        "--data", metavar="FILE", help="A data.yaml that names sources, or one file of rows (.txt, .jsonl, .parquet).",
+        show_default=False,
+    ),
+]  # fmt: skip
+Device = Literal["cpu", "cuda"]
+DeviceOption = Annotated[
+    Device | None, typer.Option(help="Where to compute; a GPU where there is one.", show_default=False)
+]
+
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line."""
