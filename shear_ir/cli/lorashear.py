@@ -44,6 +44,7 @@ def lorashear(
         Path | None,
         typer.Option(metavar="DIR", help="Where the stages keep their artefacts.", show_default="OUT.work"),
     ] = None,
+    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep that folder at the end.")] = False,
     device: options.DeviceOption = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; merges are in float32.")] = False,
     gradient_checkpointing: Annotated[
@@ -78,8 +79,8 @@ def lorashear(
         told("loading", 0, 1)
         loaded, tokenizer = open_language_model(model, trust_remote_code, dtype, device)
         made = run(
-            loaded.model, tokenizer, out, ratio=ratio, data=data, recipe=asked, work=work, source=loaded.source,
-            force=force, command=_command(), progress=told, **choices,
+            loaded.model, tokenizer, out, ratio=ratio, data=data, recipe=asked, work=work, keep_work=keep_work,
+            source=loaded.source, force=force, command=_command(), progress=told, **choices,
         )  # fmt: skip
     _put(made, out, json)
 

@@ -57,21 +57,21 @@ class Choice:
 
 def lorashear(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, ratio: float, data: str | Path,
-    recipe: Recipe | None = None, work: str | Path | None = None, source: Path | None = None, force: bool = False,
-    round_to: int = 1, kinds: tuple[str, ...] = DEFAULT_KINDS, only: tuple[str, ...] = (), skip: tuple[str, ...] = (),
-    command: str = "", progress: Progress | None = None,
+    recipe: Recipe | None = None, work: str | Path | None = None, keep_work: bool = False,
+    source: Path | None = None, force: bool = False, round_to: int = 1, kinds: tuple[str, ...] = DEFAULT_KINDS,
+    only: tuple[str, ...] = (), skip: tuple[str, ...] = (), command: str = "", progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
     """Prune ``model`` by ``ratio`` of its parameters while it trains, recover it, write it and a report to ``out``.
 
     ``model``: a causal language model, plain or with LoRA adapters; its weights change. ``data``: a ``data.yaml``.
     ``work``: the folder of the stages' artefacts, beside ``out`` when None; the same call goes on with what is there,
-    and on a CPU ends with the same bits; it is removed at the end. Raises the errors of the stages.
+    and on a CPU ends with the same bits; it is removed at the end unless ``keep_work``. Raises the stages' errors.
     """
     out = Path(out)
     refuse_existing(out, force)
     choice = Choice(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
     place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
-    run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, progress)
+    run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, keep_work, progress)
     return run.go(out, source, force, command)
 
 
@@ -83,6 +83,7 @@ class _Run:
     choice: Choice
     recipe: Recipe
     place: Path
+    keep_work: bool
     progress: Progress | None
     losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
@@ -222,7 +223,10 @@ class _Run:
             with written_whole(out, force) as beside:
                 for item in result.iterdir():
                     os.rename(item, beside / item.name)
-            shutil.rmtree(self.place, ignore_errors=True)
+            if self.keep_work:
+                result.rmdir()
+            else:
+                shutil.rmtree(self.place, ignore_errors=True)
 
         self.work.once(False, make)
         done = Saved(out, saved[0].stock, saved[0].note) if saved else Saved(out, False)
