@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -106,14 +107,17 @@ def _failing_module(model: nn.Module, failure: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Trace in evaluation mode and without the warnings that torch.export prints for correct models."""
+    """Trace in evaluation mode, without torch's warnings for correct models and its log of what ``TraceError`` says."""
     training = {module: module.training for module in model.modules()}
+    silent = logging.root.manager.disable
     try:
         model.eval()
+        logging.disable(max(silent, logging.ERROR))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(silent)
         for module, mode in training.items():
             module.training = mode
 
