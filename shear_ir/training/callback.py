@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -24,13 +25,13 @@ class LHSPGCallback(TrainerCallback):
 
     def __init__(self, optimizer: LHSPG) -> None:
         self.lhspg = optimizer
+        _refuse_shards(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check the run against the schedule; when it goes on from a checkpoint, read the base tensors."""
-        if args.fsdp:
-            raise PlanError("LHSPG needs whole tensors, and FSDP shards them: use DDP or one process")
+        _refuse_shards(bool(args.fsdp))
         total = self.lhspg.periods.total
         if state.max_steps < total:
             raise PlanError(
@@ -65,3 +66,8 @@ class LHSPGCallback(TrainerCallback):
         with torch.no_grad():
             for name, tensor in self.lhspg.base_tensors().items():
                 tensor.copy_(tensors[name])
+
+
+def _refuse_shards(fsdp: bool) -> None:
+    if fsdp:
+        raise PlanError("LHSPG needs whole tensors, and FSDP shards them: use DDP or one process")

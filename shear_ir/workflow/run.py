@@ -191,6 +191,9 @@ class _Run:
         return {name: self.sources[name] for name in self.data.road[0].sources}
 
     def _shear(self, dense: nn.Module, kept: Mapping[str, Any], pruned: dict[str, Any]) -> None:
+        device = next(dense.parameters()).device
+        # The comparison holds three models in float32, for which the host has more room.
+        _to_device(dense, "cpu")
         program = pipeline.trace(dense)
         groups = pipeline.groups(program)
         plan = build_plan(
@@ -199,6 +202,8 @@ class _Run:
         )  # fmt: skip
         small = pipeline.shear(dense, plan)
         pipeline.verify(dense, small, plan).raise_if_unsound()
+        for model in (dense, small):
+            _to_device(model, device)
         rows = next(iter(self.sources.values())).validation
         ids = rows.ids[: min(4, len(rows)), : int(rows.lengths[:4].min())].long()
         speeds = compare_speed([dense, small], ids)
@@ -233,6 +238,6 @@ class _Run:
         return Outcome(done, plan, report.get("document", {}))
 
 
-def _to_device(model: nn.Module, device: str | None) -> None:
+def _to_device(model: nn.Module, device: torch.device | str | None) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -86,6 +86,13 @@ def test_a_run_that_would_end_before_the_last_zero_is_refused(tmp_path: Path) ->
         run(tmp_path, max_steps=4)
 
 
+def test_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = lhspg(adapted(targets=("q_proj",)), {"ffn0": 7}, PERIODS)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PlanError, match="FSDP shards them"):
+        LHSPGCallback(optimizer)
+
+
 def test_a_checkpoint_without_the_base_tensors_is_refused(tmp_path: Path) -> None:
     run(tmp_path, stop=3)
     (tmp_path / "checkpoint-3" / "lhspg_base.safetensors").unlink()
