@@ -90,6 +90,8 @@ class GraphCopier:
                 args = tuple(f"<region {name}>" if isinstance(a, fx.GraphModule) else a for a in args)
             kwargs = fx.map_arg(node.kwargs, self._env.__getitem__)
             target, args = self._sliced(node.target, args)
+            if target is torch.ops.aten.view_as_complex.default:
+                args = (self._packed(args[0]),)
             copy = self.graph.call_function(target, args, kwargs)
             self._keep(node, copy)
             if target in _AS_IS and args[0] in self._constants:
@@ -108,6 +110,13 @@ class GraphCopier:
         if numbers != list(range(start, end)) or start < 0 < end:
             return target, args
         return torch.ops.aten.slice.Tensor, (args[0], picked[0][0], start, end or sys.maxsize)
+
+    def _packed(self, pairs: fx.Node) -> fx.Node:
+        """``pairs`` in memory of their own: beside an odd number of others they could not be seen as complex."""
+        copy = self.graph.call_function(torch.ops.aten.contiguous.default, (pairs,))
+        copy.meta = dict(pairs.meta)
+        self.types[copy.name] = self.types[pairs.name]
+        return copy
 
     def _results(self, results: Any, detach: bool) -> Any:
         if not detach:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
+from tests.roads import trace
 
 
 class Pick(nn.Module):
@@ -33,3 +34,24 @@ def test_entries_picked_by_consecutive_numbers_are_a_slice(numbers: list[int]) -
 def test_other_numbers_stay_an_index(numbers: list[int]) -> None:
     program = sir.trace(Pick(numbers), {"x": torch.randn(3, 5)})
     assert any(n.target is torch.ops.aten.index.Tensor for n in program.calls())
+
+
+class Turned(nn.Module):
+    """Reads some channels as they are and others as complex numbers, all of one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 14)
+        self.outer = nn.Linear(14, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, pairs = self.inner(x).split([6, 8], dim=-1)
+        turned = torch.view_as_real(torch.view_as_complex(pairs.unflatten(-1, (4, 2))) * 1j).flatten(-2)
+        return self.outer(torch.cat([plain, turned], dim=-1))
+
+
+def test_complex_numbers_do_not_mind_an_odd_number_of_others_beside_them() -> None:
+    turned = trace(Turned())
+    plain = next(g for g in turned.groups if g.size == 6)
+    plan = turned.without({plain: [2]})
+    assert turned.report(turned.graph(plan), plan).sound
