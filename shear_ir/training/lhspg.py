@@ -213,6 +213,10 @@ class LHSPG(torch.optim.Optimizer):
             weight, b = adapter.weight, adapter.factors[1]
             weight.data.copy_((weight.data.float() + adapter.delta()).to(weight.dtype))
             self._fill(b, 0, torch.arange(b.shape[0], device=b.device))
+            for value in self.optimizer.state.get(b, {}).values():
+                # Adam's count of steps: moments that begin anew under an old count make steps several times too long.
+                if isinstance(value, Tensor) and value.dim() == 0:
+                    value.zero_()
 
     def _choose(self, period: int, score: Tensor | None = None) -> None:
         """The least salient important units become redundant, as many as the period takes."""

@@ -127,6 +127,20 @@ def test_factors_of_redundant_units_and_their_optimizer_state_are_zero_at_every_
                 assert factor[:, ~gone].any()
 
 
+def test_a_merge_begins_the_optimizer_of_b_anew() -> None:
+    model = adapted(targets=("q_proj", "up_proj"))
+    optimizer = lhspg(model, {"ffn0": 20, "ffn1": 20}, Periods(warmup=1, count=2, steps=15), lr=1e-2)
+    factors = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    longest = 0.0
+    for number in range(1 + 2 * 15 + 5):
+        before = {name: b.detach().clone() for name, b in factors.items()}
+        step(model, optimizer)
+        if (number - 1) % 15 != 14:  # the step of a merge sets B to zero
+            longest = max(longest, *(float((b - before[name]).abs().max()) for name, b in factors.items()))
+    # AdamW moves no entry by more than about its rate, unless its moments are younger than it thinks.
+    assert 0.5e-2 < longest < 1.5e-2
+
+
 @pytest.mark.parametrize(
     ("total", "periods", "ends"),
     [(7, Periods(1, 3, 2), [2, 4, 7]), (7, Periods(0, 1, 1), [7]), (3, Periods(0, 5, 1), [0, 0, 0, 0, 3])],
