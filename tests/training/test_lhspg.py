@@ -128,7 +128,7 @@ def test_factors_of_redundant_units_and_their_optimizer_state_are_zero_at_every_
 
 
 def test_a_merge_begins_the_optimizer_of_b_anew() -> None:
-    model = adapted(targets=("q_proj", "up_proj"))
+    model = adapted(targets=("gate_proj", "up_proj"))
     inside = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, betas=(0.5, 0.999))
     optimizer = LHSPG(inside, model, base_groups(), {"ffn0": 20, "ffn1": 20}, Periods(warmup=1, count=1, steps=24))
     for _ in range(1 + 24):
