@@ -122,7 +122,7 @@ def load_data(path: str | Path, *, whole: bool = False) -> DataConfig:
         known = ", ".join([".yaml", *FORMATS])
         raise LoadError(f"{path} cannot be used as data: its name ends in none of {known}")
     try:
-        read = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueLoader)
+        read = yaml.load(file.read_text(encoding="utf-8"), Loader=UniqueLoader)
     except OSError as failure:
         raise LoadError(f"the data file {path} cannot be read: {failure.strerror}") from failure
     except (yaml.YAMLError, UnicodeDecodeError) as failure:
@@ -162,7 +162,7 @@ def _validated(document: dict[str, Any], file: Path) -> DataConfig:
         raise LoadError(f"{file}: {f'{place}: ' if place else ''}{reason[:1].lower()}{reason[1:]}") from failure
 
 
-class _UniqueLoader(yaml.SafeLoader):
+class UniqueLoader(yaml.SafeLoader):
     """The safe loader; a key that occurs twice in a mapping is an error, not a silent choice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

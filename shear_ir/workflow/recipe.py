@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from shear_ir.errors import LoadError, PlanError, ShearError
+from shear_ir.training.data_config import UniqueLoader
 from shear_ir.training.knowledge import RATIOS
 from shear_ir.training.pruning import Pruning
 from shear_ir.training.settings import Recovery
@@ -29,6 +30,11 @@ class Sensitivity:
     rows: int = 0
 
     def __post_init__(self) -> None:
+        if not self.ratios:
+            raise PlanError("there is at least one ratio to measure at")
+        for ratio in self.ratios:
+            if not 0.0 < ratio < 1.0:
+                raise PlanError(f"a ratio is a share of a group between 0 and 1, not {ratio}")
         if not 0.0 <= self.freeze <= 1.0:
             raise PlanError(f"the share of groups to freeze is between 0 and 1, not {self.freeze}")
         if self.rows < 0:
@@ -62,7 +68,7 @@ class Recipe:
 def load_recipe(path: str | Path) -> Recipe:
     """Read a recipe; raises ``LoadError`` with the place and the reason."""
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        read = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueLoader) or {}
     except (OSError, UnicodeDecodeError) as failure:
         raise LoadError(f"the recipe {path} cannot be read: {failure}") from failure
     except yaml.YAMLError as failure:
@@ -75,20 +81,26 @@ def load_recipe(path: str | Path) -> Recipe:
             raise LoadError(f"{path} has a section {section}; a recipe has {', '.join(sorted(sections))}")
     made = Recipe(
         _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
-        _section(path, "recovery", Recovery, read), read.get("stages") or {},
+        _section(path, "recovery", Recovery, read),
     )  # fmt: skip
-    for name, options in made.stages.items():
-        _options(
-            path, f"stages.{name}", Recovery, {**asdict(made.recovery), **_mapping(path, f"stages.{name}", options)}
-        )
-    return made
+    stages = _mapping(path, "stages", read.get("stages"))
+    return replace(made, stages={name: _stage(path, name, made.recovery, stages[name]) for name in stages})
 
 
 def _section(path: str | Path, name: str, kind: type[Any], read: Mapping[str, Any]) -> Any:
-    return _options(path, name, kind, _mapping(path, name, read.get(name) or {}))
+    return _options(path, name, kind, _mapping(path, name, read.get(name)))
+
+
+def _stage(path: str | Path, name: str, common: Recovery, given: Any) -> dict[str, Any]:
+    """The options of one stage that differ, as the types that they are in ``Recovery``."""
+    options = _mapping(path, f"stages.{name}", given)
+    made = _options(path, f"stages.{name}", Recovery, {**asdict(common), **options})
+    return {option: getattr(made, option) for option in options}
 
 
 def _mapping(path: str | Path, name: str, options: Any) -> Mapping[str, Any]:
+    if options is None:  # a section with nothing below it
+        return {}
     if not isinstance(options, dict):
         raise LoadError(f"{path}: {name} must be a mapping of options")
     return options
