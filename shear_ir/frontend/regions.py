@@ -50,8 +50,12 @@ class GraphCopier:
         self._env[node] = copy
 
     def body(self) -> None:
-        """Copy everything that is not a placeholder."""
+        """Copy everything that is not a placeholder and is read, or writes to what is."""
         self._region(self.source, inputs=None)
+        # Such as the weights that attention hands out beside its result: a sum over heads that nobody sees.
+        self.graph.eliminate_dead_code()
+        live = {node.name for node in self.graph.nodes}
+        self.types = {name: types for name, types in self.types.items() if name in live}
         self.graph.lint()
 
     def _region(self, owner: torch.nn.Module, inputs: tuple[Any, ...] | None) -> Any:

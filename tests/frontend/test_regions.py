@@ -55,3 +55,23 @@ def test_complex_numbers_do_not_mind_an_odd_number_of_others_beside_them() -> No
     plain = next(g for g in turned.groups if g.size == 6)
     plan = turned.without({plain: [2]})
     assert turned.report(turned.graph(plan), plan).sound
+
+
+class Attentive(nn.Module):
+    """Attention that is asked for its weights, as it is by default, and whose weights nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(20, 5, batch_first=True)
+        self.outer = nn.Linear(20, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, _ = self.attention(x, x, x)
+        return self.outer(made)
+
+
+def test_what_nobody_reads_holds_nothing() -> None:
+    attentive = trace(Attentive(), {"x": torch.randn(3, 11, 20)})
+    (heads,) = attentive.able("kv_head")
+    plan = attentive.without({heads: [1, 3]})
+    assert attentive.report(attentive.graph(plan), plan).sound
