@@ -13,7 +13,7 @@ from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
 from shear_ir.training.saliency import DEFAULT_WEIGHTS, check_weights, saliency
 from shear_ir.training.schedule import Periods
-from shear_ir.training.units import Place, Units
+from shear_ir.training.units import Place, Units, require_no_dropout
 from shear_passes.analysis.find_groups import Groups
 
 
@@ -47,6 +47,7 @@ class LHSPG(torch.optim.Optimizer):
         self._index: list[_Index] = []
         if any(self.targets.values()):
             self.units = Units(model, _targeted(groups, self.targets))
+            require_no_dropout(self.units)
             self.status = torch.zeros(self.units.count, dtype=torch.int16)
             totals: dict[str, int] = {}
             for group in self.units.groups:

@@ -199,6 +199,18 @@ def along(values: Tensor, dim: int) -> Tensor:
     return values.sum(dim=others) if others else values
 
 
+def require_no_dropout(units: Units) -> None:
+    """Raise ``PlanError`` for adapters with dropout: what a step trains is then not what is projected."""
+    for adapter in units.adapters:
+        dropout = adapter.layer.lora_dropout
+        rate = getattr(dropout[adapter.name], "p", 0.0) if adapter.name in dropout else 0.0
+        if rate:
+            raise PlanError(
+                f"the adapter '{adapter.name}' of {adapter.module} has a dropout of {rate:g}: units can be projected "
+                "only without dropout in LoRA"
+            )
+
+
 def _others(place: Place) -> float:
     return place.tensor.numel() / place.tensor.shape[place.dim]
 
@@ -215,7 +227,3 @@ def _require_mergeable(adapter: Adapter, model: nn.Module) -> None:
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is adapter.weight]
     if len(names) > 1:
         raise PlanError(f"{where} sits on a tied weight ({', '.join(names)}), where a merge would change both readers")
-    dropout = adapter.layer.lora_dropout
-    rate = getattr(dropout[adapter.name], "p", 0.0) if adapter.name in dropout else 0.0
-    if rate:
-        raise PlanError(f"{where} has a dropout of {rate:g}: units can be projected only without dropout in LoRA")
