@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,9 @@ class Told:
 
         console = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        # Of the processes that accelerate launches, the first alone says how far they are.
+        silent = not console.is_terminal or os.environ.get("RANK", "0") != "0"
+        self._progress = Progress(*columns, console=console, transient=True, disable=silent)
         self._task = self._progress.add_task("", total=None)
         self._what = ""
         self._out = redirect_stdout(sys.stderr)

@@ -79,14 +79,19 @@ def arguments(settings: Recovery, folder: Path, rows: int = 1) -> TrainingArgume
         seed=settings.seed,
         bf16=settings.bf16,
         torch_compile=settings.torch_compile,
-        use_cpu=settings.device == "cpu",
-        dataloader_pin_memory=settings.device != "cpu" and torch.cuda.is_available(),
+        use_cpu=on_cpu(settings.device),
+        dataloader_pin_memory=not on_cpu(settings.device),
         **(thrifty if settings.gradient_checkpointing else {}),
     )
     # More machines and devices come by accelerate launch, one process each, never by DataParallel.
     made.device  # noqa: B018  # the property finds the devices
     made._n_gpu = min(made._n_gpu, 1)
     return _split(made, settings)
+
+
+def on_cpu(device: str | None) -> bool:
+    """Whether a run on ``device``, a GPU where there is one when None, is on the CPU."""
+    return device == "cpu" or not torch.cuda.is_available()
 
 
 def _split(made: TrainingArguments, settings: Recovery) -> TrainingArguments:
@@ -118,7 +123,7 @@ def train(
     made = arguments(settings, folder, len(drawn))
     watch = _Watch(progress)
     trainer = Trainer(
-        model, made, data_collator=collate, train_dataset=Order(sources, drawn), callbacks=[*callbacks, watch],  # type: ignore[arg-type]
+        model, made, data_collator=collate, train_dataset=Order(sources, drawn), callbacks=[*callbacks, watch],
         optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
@@ -127,6 +132,10 @@ def train(
     finally:
         # Autocast and compilation are wrapped around forward, anew in each round.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+        if made.world_size > 1:
+            # DDP must be gone before its process group: gloo waits for ever for a thread that DDP's end holds up.
+            trainer.model_wrapped = model
+            trainer.accelerator.free_memory()
         if settings.gradient_checkpointing and hasattr(model, "gradient_checkpointing_disable"):
             model.gradient_checkpointing_disable()  # type: ignore[operator]
         model.zero_grad()
