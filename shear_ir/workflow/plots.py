@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shear_ir.errors import SaveError
 from shear_ir.plans import Plan
 from shear_ir.training.evaluate import Loss
 from shear_ir.training.knowledge import Knowledge
@@ -14,6 +15,7 @@ from shear_ir.training.knowledge import Knowledge
 # One colour per kind, those that people with any colour sight can tell apart (Okabe and Ito).
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 _FROZEN = "#999999"
+_UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def plot_knowledge(knowledge: Knowledge, path: Path) -> None:
@@ -98,12 +100,15 @@ def _legend(axes: Any, colours: Mapping[str, str]) -> None:
 
 
 def _write(figure: Any, path: Path) -> None:
-    """The picture, whole or not at all, the same bytes for the same numbers."""
+    """The picture, whole or not at all, the same bytes for the same numbers; raises ``SaveError``."""
     from matplotlib import rc_context
 
-    beside = path.with_name(f".{path.name}")
-    with rc_context({"svg.hashsalt": "shear-ir", "svg.fonttype": "none"}):
-        figure.savefig(
-            beside, format=path.suffix[1:] or "svg", metadata={"Date": None} if path.suffix == ".svg" else None
-        )
-    beside.replace(path)
+    beside, kind = path.with_name(f".{path.name}"), path.suffix[1:].lower() or "svg"
+    try:
+        with rc_context({"svg.hashsalt": "shear-ir", "svg.fonttype": "none"}):
+            figure.savefig(beside, format=kind, metadata=_UNDATED.get(kind))
+        beside.replace(path)
+    except OSError as failure:
+        raise SaveError(f"{path} cannot be written: {failure.strerror or failure}") from failure
+    finally:
+        beside.unlink(missing_ok=True)
