@@ -140,13 +140,16 @@ def _markdown(run: Mapping[str, Any], document: Mapping[str, Any]) -> Iterable[s
     yield "## How it was made\n"
     yield f"```text\n{document['command'] or 'called from Python'}\n```\n"
     yield ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    yield f"\nSeeds: {json.dumps(document['seeds'])}. Pruning took {document['pruning']['steps']} steps on "
-    yield f"{document['pruning']['tokens']:,} tokens. All options are in `report.json`."
+    yield (
+        f"\nSeeds: {json.dumps(document['seeds'])}. Pruning took {document['pruning']['steps']} steps on "
+        f"{document['pruning']['tokens']:,} tokens. All options are in `report.json`."
+    )
 
 
 def _stage(stage: Mapping[str, Any]) -> Iterable[str]:
     count, best, why = len(stage["rounds"]), stage["best"], stage["stopped"]
-    yield f"{stage['stage']}: {count} rounds, the best is {best}; stopped: {why}.\n"
+    better = f"the best is {best}" if best else "none made it better"
+    yield f"{stage['stage']}: {count} round{'s' * (count != 1)}, {better}; stopped: {why}.\n"
     names = list(stage["baseline"])
     yield from _table(
         ("round", *(f"{name}: share" for name in names), *(f"{name}: NLL" for name in names), "tokens", "seconds"),
