@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from shear_backends.folder import refuse_existing, written_whole
 from shear_backends.store import Saved
 from shear_ir import pipeline
+from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
 from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
 from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources
@@ -23,6 +24,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge, measure_knowledge
 from shear_ir.training.pruning import prune
 from shear_ir.training.recovery import recover
+from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.workflow.measure import compare_speed, sample
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.report import write_report
@@ -89,10 +91,11 @@ class _Run:
     samples: dict[str, str] = field(default_factory=dict)
 
     def go(self, out: Path, source: Path | None, force: bool, command: str) -> Outcome:
+        self._check()
         self.sources = prepare(self.data, self.tokenizer, self.progress)
         _to_device(self.model, self.recipe.pruning.device)
         data = {name: (s.train.digest, s.validation.digest) for name, s in self.sources.items()}
-        self.work = Work(self.place, {
+        self.work = Work(self.place, self.state, {
             "weights (of another model)": weights_digest(self.model),
             "options": digest_of([asdict(self.choice), asdict(self.recipe.knowledge), self.recipe.pruning.digest]),
             "data": digest_of([data, self.data.model_dump(mode="json", include={"stages"})]),
@@ -119,6 +122,19 @@ class _Run:
         }  # fmt: skip
         return self._save(small, plan, report, out, source, force)
 
+    def _check(self) -> None:
+        """Refuse what no stage could do, before any of them begins."""
+        # The first to ask says where processes meet: on a CPU they need another backend.
+        self.state = PartialState(cpu=on_cpu(self.recipe.pruning.device))
+        names = [stage.name for stage in self.data.road]
+        unknown = [name for name in self.recipe.stages if name not in names]
+        if unknown:
+            raise PlanError(f"the recipe has a stage {unknown[0]}; the stages of the data are {', '.join(names)}")
+        for settings in (self.recipe.pruning.training(), *map(self.recipe.stage, names)):
+            arguments(settings, self.place)
+        self.groups = pipeline.groups(pipeline.trace(self.model))
+        self._target(())
+
     def _note(self, name: str, model: nn.Module) -> None:
         """Measure a model on every source, and let it write; once, for the numbers are kept."""
 
@@ -140,7 +156,6 @@ class _Run:
         return f"{begun}⟶{sample(model, self.tokenizer, prompt)}"
 
     def _knowledge(self) -> Knowledge:
-        groups = pipeline.groups(pipeline.trace(self.model))
         asked = self.recipe.knowledge
         rows = {n: s.validation[: asked.rows] if asked.rows else s.validation for n, s in self.sources.items()}
 
@@ -153,7 +168,7 @@ class _Run:
         def make() -> None:
             told = self.progress
             made = measure_knowledge(
-                self.model, groups, loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
+                self.model, self.groups, loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
                 progress=None if told is None else lambda done, total: told("measuring knowledge", done, total),
                 resume=partial,
             )  # fmt: skip
@@ -163,12 +178,12 @@ class _Run:
         self.work.once(path.is_file(), make)
         return Knowledge.load(path)
 
-    def _target(self, knowledge: Knowledge) -> Plan:
+    def _target(self, frozen: tuple[str, ...]) -> Plan:
         """How many units of each group go; training decides which."""
         chosen = self.choice
         return pipeline.plan(
-            pipeline.trace(self.model), ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
-            only=chosen.only, skip=chosen.skip, frozen=knowledge.frozen, uniform=not self.recipe.pruning.compete,
+            self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds, only=chosen.only,
+            skip=chosen.skip, frozen=frozen, uniform=not self.recipe.pruning.compete,
         )  # fmt: skip
 
     def _pruned(self, knowledge: Knowledge) -> tuple[nn.Module, Plan, dict[str, Any]]:
@@ -177,8 +192,8 @@ class _Run:
         dense = self.model
         if not folder.is_dir():
             made = prune(
-                self.model, pipeline.groups(pipeline.trace(self.model)), self._target(knowledge), self._first(),
-                self.recipe.pruning, self.work.path("lhspg"), self._told("pruning"),
+                self.model, self.groups, self._target(knowledge.frozen), self._first(), self.recipe.pruning,
+                self.work.path("lhspg"), self._told("pruning"),
             )  # fmt: skip
             dense = made.model
             self.work.once(False, lambda: self._shear(dense, made.kept, {"steps": made.steps, "tokens": made.tokens}))
@@ -208,7 +223,7 @@ class _Run:
         ids = rows.ids[: min(4, len(rows)), : int(rows.lengths[:4].min())].long()
         speeds = compare_speed([dense, small], ids)
         document = {**pruned, "speed": {"dense": asdict(speeds[0]), "sheared": asdict(speeds[1])}}
-        self.work.document("pruning.json", lambda: document)
+        self.work.write("pruning.json", document)
         pipeline.save(small, self.work.path("pruned"), force=True)
 
     def _told(self, what: str) -> Callable[[int, int], None] | None:
@@ -222,12 +237,15 @@ class _Run:
 
         def make() -> None:
             result = self.work.path("result")
-            saved.append(pipeline.save(small, result, source=source, force=True))
+            shutil.rmtree(result, ignore_errors=True)  # what a stop while it was moved has left of it
+            saved.append(pipeline.save(small, result, source=source))
+            if source is None:
+                self.tokenizer.save_pretrained(result)
             report["stock"], report["note"] = saved[0].stock, saved[0].note
             report["document"] = write_report(report, result)
             with written_whole(out, force) as beside:
                 for item in result.iterdir():
-                    os.rename(item, beside / item.name)
+                    shutil.move(item, beside / item.name)
             if self.keep_work:
                 result.rmdir()
             else:

@@ -19,13 +19,12 @@ RUN_FILE = "run.json"
 class Work:
     """One run's folder. Only the main process of several writes; the others wait and read what it wrote.
 
-    ``digests``: what the run was begun with, by the words that a refusal uses. Raises ``PlanError`` for a folder of
-    another run, ``SaveError`` where none can be made.
+    ``state``: the processes of the run. ``digests``: what it was begun with, by the words that a refusal uses. Raises
+    ``PlanError`` for a folder of another run, ``SaveError`` where none can be made.
     """
 
-    def __init__(self, folder: Path, digests: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.state = PartialState()
+    def __init__(self, folder: Path, state: PartialState, digests: Mapping[str, str]) -> None:
+        self.folder, self.state = folder, state
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as failure:
@@ -45,7 +44,7 @@ class Work:
     def document(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The JSON artefact ``name``, made by the main process when it is not there."""
         path = self.path(name)
-        self.once(path.is_file(), lambda: write_text(path, json.dumps(make(), indent=1)))
+        self.once(path.is_file(), lambda: self.write(name, make()))
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as failure:
@@ -53,6 +52,10 @@ class Work:
         if not isinstance(read, dict):
             raise PlanError(f"{path} is no artefact of this stage: remove it, and it is made anew")
         return read
+
+    def write(self, name: str, document: Mapping[str, Any]) -> None:
+        """Write the JSON artefact ``name``; for the main process, within ``once``."""
+        write_text(self.path(name), json.dumps(document, indent=1))
 
     def once(self, done: bool, make: Callable[[], object]) -> None:
         """Have the main process ``make`` something unless it is ``done``; returns when it is there for everybody."""

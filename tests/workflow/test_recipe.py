@@ -94,7 +94,7 @@ def test_the_bundled_recipe_is_one() -> None:
             "recipe.yaml: knowledge: a ratio is a share of a group between 0 and 1, not 1.5",
         ),
         ("knowledge: {ratios: []}", "recipe.yaml: knowledge: there is at least one ratio to measure at"),
-        ("pruning: {seed: 1}\npruning: {seed: 2}", "recipe.yaml is no YAML: .* the key pruning occurs twice"),
+        ("pruning: {seed: 1}\npruning: {seed: 2}", "recipe.yaml is no YAML: the key pruning occurs twice"),
         ("recovery: {device: abacus}", "recipe.yaml: recovery: a recovery runs on cpu or cuda, not on 'abacus'"),
     ],
 )
@@ -105,7 +105,7 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, document: str, said: str) 
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="the recipe .*none.yaml cannot be read"):
+    with pytest.raises(LoadError, match=r"the recipe .*none\.yaml cannot be read"):
         load_recipe(tmp_path / "none.yaml")
 
 
