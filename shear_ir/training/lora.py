@@ -32,10 +32,12 @@ def attach(model: nn.Module, *, rank: int, alpha: float, dropout: float, seed: i
     targets = linear_names(model)
     if not targets:
         raise PlanError("this model has no linear projection, so there is nothing to put an adapter on")
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    # PEFT takes any number, whatever its annotation says.
+    scale: Any = alpha
+    config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+        made: Any = get_peft_model(model, config)
     # A name would have PEFT ask the hub about the base model at every checkpoint.
     made.peft_config[_NAME].base_model_name_or_path = None
     return made  # type: ignore[no-any-return]
@@ -90,7 +92,7 @@ def detach(model: PeftModel, *, merge: bool) -> nn.Module:
                 if adapter.active:
                     weight = adapter.weight
                     weight.copy_(weight.float() + adapter.delta())
-    return model.unload()  # type: ignore[no-any-return, operator]
+    return model.unload()  # type: ignore[no-any-return]
 
 
 @contextmanager
