@@ -9,12 +9,14 @@ import typer
 
 from shear_ir import __version__
 from shear_ir.cli.dump import dump
+from shear_ir.cli.eval import eval
 from shear_ir.cli.groups import groups
 from shear_ir.cli.knowledge import knowledge
 from shear_ir.cli.lorashear import lorashear
 from shear_ir.cli.opt import opt
 from shear_ir.cli.project import project
 from shear_ir.cli.prune import prune
+from shear_ir.cli.recover import recover
 from shear_ir.cli.verify import verify
 from shear_ir.cli.visualize import visualize
 
@@ -35,6 +37,11 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     opt: ("Run passes.", "./my-llama -p 'select-uniform{ratio=0.2 round_to=8},shear,dead-code' --time-passes"),
     knowledge: ("Say where the knowledge lies.", "./my-llama --data data.yaml -o knowledge.json --plot knowledge.svg"),
     lorashear: ("Prune while training, and recover.", "./my-llama --ratio 0.2 --data data.yaml -o ./my-llama-small"),
+    recover: (
+        "Train a smaller model on what it forgot.",
+        "./my-llama-small --dense ./my-llama --data data.yaml -o ./my-llama-recovered",
+    ),
+    eval: ("Measure a model on held-out text and tasks.", "./my-llama-small --data data.yaml"),
     project: ("Cut an adapter for a smaller base.", "./my-adapter --plan ./my-llama-small -o ./my-adapter-small"),
 }
 

@@ -1,0 +1,159 @@
+"""Recovery of a model that is sheared already: the stages of ``data.yaml`` one after the other, kept in a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from shear_backends.folder import refuse_existing
+from shear_backends.module import RECORD
+from shear_backends.store import Saved
+from shear_ir import pipeline
+from shear_ir.errors import LoadError, PlanError
+from shear_ir.plans import write_text
+from shear_ir.training.data import DataConfig, Progress, prepare
+from shear_ir.training.evaluate import Loss, evaluate_sources
+from shear_ir.training.journal import weights_digest
+from shear_ir.training.recovery import Recovered, recover
+from shear_ir.training.rounds import arguments, on_cpu
+from shear_ir.training.settings import Recovery
+from shear_ir.workflow.recipe import Recipe
+from shear_ir.workflow.work import Work, digest_of
+
+REPORT = "recovery.json"
+Losses = Mapping[str, Loss]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Where the recovered model lies; ``losses``: of the dense model, of the sheared one and after each stage, on
+    every source; ``stages``: their rounds, as ``Recovered.to_json`` tells them."""
+
+    saved: Saved
+    losses: Mapping[str, Losses]
+    stages: tuple[Mapping[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        losses = {
+            name: {source: asdict(loss) | {"perplexity": loss.perplexity} for source, loss in found.items()}
+            for name, found in self.losses.items()
+        }
+        return {
+            "out": str(self.saved.path), "stock": self.saved.stock, "note": self.saved.note,
+            "losses": losses, "stages": list(self.stages),
+        }  # fmt: skip
+
+
+def recover_stages(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, data: DataConfig,
+    dense: Callable[[], nn.Module] | Mapping[str, float], dense_name: str = "", recipe: Recipe | None = None,
+    work: str | Path | None = None, keep_work: bool = False, keep_adapters: bool = False, source: Path | None = None,
+    force: bool = False, progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """Recover the sheared ``model`` in the stages of ``data`` and write it to ``out``, with ``recovery.json`` in it.
+
+    ``dense``: NLL per source of the full model, or what loads it, which is measured once; ``dense_name`` says which one
+    it is. ``work``: where the stages keep their state, ``OUT.work`` when None; the same call goes on with what is
+    there, and on a CPU ends with the same bits. ``keep_adapters``: those of the last stage are not merged. Raises
+    ``PlanError`` for a model that was not sheared, for one with adapters, and for the folder of another run.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    recipe = recipe or Recipe()
+    place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
+    settings = _settings(model, data, recipe, keep_adapters, place)
+    state = PartialState(cpu=on_cpu(recipe.recovery.device))
+    sources = prepare(data, tokenizer, progress)
+    kept = Work(place, state, {
+        "weights (of another model or plan)": weights_digest(model),
+        "dense model": digest_of(dense_name if callable(dense) else dict(dense)),
+        "data": digest_of({name: (s.train.digest, s.validation.digest) for name, s in sources.items()}),
+        "stages": digest_of([(name, each.digest) for name, each in settings.items()]),
+    })  # fmt: skip
+
+    def measured(name: str, load: Callable[[], nn.Module]) -> dict[str, Loss]:
+        def make() -> dict[str, Any]:
+            options = {"batch": recipe.recovery.eval_batch, "bf16": recipe.recovery.bf16}
+            found = evaluate_sources(load(), sources, **options, progress=progress)  # type: ignore[arg-type]
+            return {source: asdict(loss) for source, loss in found.items()}
+
+        return {source: Loss(**loss) for source, loss in kept.document(f"losses-{name}.json", make).items()}
+
+    sheared = measured("sheared", lambda: model)
+    known = measured("dense", dense) if callable(dense) else _given(dense, sheared)
+    losses: dict[str, Losses] = {"dense": known, "sheared": sheared}
+    stages: list[Recovered] = []
+    for number, stage in enumerate(data.road):
+        done = recover(
+            model, {n: sources[n] for n in stage.sources}, {n: loss.nll for n, loss in known.items()},
+            settings[stage.name], kept.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=progress,
+        )  # fmt: skip
+        stages.append(done)
+        model = done.model
+        losses[stage.name] = measured(f"{number}-{stage.name}", partial(getattr, done, "model"))
+    return _saved(
+        model, Result(Saved(out, False), losses, tuple(s.to_json() for s in stages)), kept, source, force, keep_work
+    )
+
+
+def read_losses(path: Path) -> dict[str, float]:
+    """NLL per source from a JSON file: ``{source: nll}``, or what ``shear-ir eval --json`` prints."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as failure:
+        raise LoadError(f"the losses {path} cannot be read: {failure}") from failure
+    found = read.get("sources", read) if isinstance(read, dict) else None
+    entries = found.items() if isinstance(found, dict) else ()
+    values: dict[str, Any] = {name: each.get("nll") if isinstance(each, dict) else each for name, each in entries}
+    if not values or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values.values()):
+        raise LoadError(f"{path} must hold the loss of each source, as shear-ir eval --json prints it")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _settings(
+    model: nn.Module, data: DataConfig, recipe: Recipe, keep_adapters: bool, place: Path
+) -> dict[str, Recovery]:
+    """The options of each stage; refuses what no stage could do, before any of them begins."""
+    if hasattr(model, "peft_config"):
+        raise PlanError("this model has adapters already: merge them before it is recovered")
+    if getattr(model, RECORD, None) is None:
+        raise PlanError("this model has not been sheared: recover takes what prune or shear_ir.save wrote")
+    names = [stage.name for stage in data.road]
+    unknown = [name for name in recipe.stages if name not in names]
+    if unknown:
+        raise PlanError(f"the recipe has a stage {unknown[0]}; the stages of the data are {', '.join(names)}")
+    made = {name: replace(recipe.stage(name), merge=not keep_adapters or name != names[-1]) for name in names}
+    for settings in made.values():
+        arguments(settings, place)
+    return made
+
+
+def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
+    missing = [name for name in measured if name not in dense]
+    if missing:
+        raise PlanError(f"the losses of the dense model lack the source {missing[0]}")
+    return {name: Loss(dense[name], loss.tokens) for name, loss in measured.items()}
+
+
+def _saved(model: nn.Module, result: Result, work: Work, source: Path | None, force: bool, keep_work: bool) -> Result:
+    """Have the main process write everything; the others learn where, not how it loads."""
+    made: list[Result] = []
+
+    def make() -> None:
+        made.append(replace(result, saved=pipeline.save(model, result.saved.path, source=source, force=force)))
+        write_text(result.saved.path / REPORT, json.dumps(made[0].to_json(), indent=1))
+        if not keep_work:
+            shutil.rmtree(work.folder, ignore_errors=True)
+
+    work.once(False, make)
+    return made[0] if made else result
