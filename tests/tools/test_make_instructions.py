@@ -53,7 +53,7 @@ def test_the_bundled_data_has_two_stages_and_rows_for_each() -> None:
     config = load_data(tool.FOLDER / "data.yaml")
     made = prepare(config, AutoTokenizer.from_pretrained(tool.FOLDER))
     assert [stage.name for stage in config.road] == ["pretraining", "instructions"]
-    assert {name: len(source.validation) for name, source in made.items()} == dict.fromkeys(made, 40)
+    assert {name: len(source.validation) for name, source in made.items()} == dict.fromkeys(made, config.validation)
     assert all(len(source.train) > 400 for source in made.values())
     # Of an instruction, the answer alone counts.
     rows = made["instructions"].train
