@@ -62,10 +62,13 @@ def test_ratios_are_told_apart() -> None:
 def test_the_verdicts_say_who_is_better_and_in_how_many_seeds() -> None:
     runs = [run(0), run(1)]
     runs[1]["losses"]["magnitude + LoRA"] = dict.fromkeys(quality.DOMAINS, 0.0) | {"instructions": 9e9}
-    recovered, plain, uniform = (sentence.partition(" dynamic recovery ")[2] for sentence in quality.verdicts(runs))
+    recovered, plain, whole, uniform = (
+        sentence.partition(" dynamic recovery ")[2] for sentence in quality.verdicts(runs)
+    )
     assert recovered == ("beats magnitude + stages 1, 2: +0.7000 nats per token in the mean, better in 2 of 2 seeds.")
     assert plain.startswith("does not beat magnitude + plain LoRA")
     assert plain.endswith(": -0.2431 nats per token in the mean, better in 1 of 2 seeds.")
+    assert whole.startswith("beats magnitude, the same groups left whole + plain LoRA")
     assert uniform.endswith(": -0.1000 nats per token in the mean, better in 0 of 2 seeds.")
 
 

@@ -6,8 +6,9 @@
 
 For each ratio and seed, on held-out text of each domain: the dense model; pruned by magnitude without training; by
 LHSPG; after recovery stage 1 and 2 (all of these by ``shear-ir lorashear``); magnitude with the same recovery;
-magnitude with plain LoRA fine-tuning on as many tokens as LHSPG and recovery took together; and LHSPG with the same
-recovery on a uniform mixture. One process and thread per run. Writes quality.json, quality.md and quality.svg.
+magnitude with plain LoRA fine-tuning on as many tokens as LHSPG and recovery took together, also with those groups
+left whole that LHSPG left whole; and LHSPG with the same recovery on a uniform mixture. One process and thread per
+run. Writes quality.json, quality.md and quality.svg.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +45,7 @@ VARIANTS = {
     "uniform": "LHSPG + stages 1, 2, uniform mixture",
     "magnitude + recovery": "magnitude + stages 1, 2",
     "magnitude + LoRA": "magnitude + plain LoRA, as many tokens as LHSPG + stages",
+    "whole + LoRA": "magnitude, the same groups left whole + plain LoRA, as many tokens",
 }
 console = Console(stderr=True)
 
@@ -76,11 +79,26 @@ def run(ratio: float, seed: int, folder: Path, recipe_file: Path) -> dict[str, A
         for key, name in zip(("dense", "lhspg", "stage 1", "stage 2"), report["losses"], strict=True)
     }
     tokens = {"lhspg": report["pruning"]["tokens"], "recovery": [_tokens(stage) for stage in report["stages"]]}
+    frozen = tuple(group["group"] for group in report["groups"] if group["frozen"])
+    given = Given(ratio, recipe, found["dense"], tokens["lhspg"] + sum(tokens["recovery"]), frozen, folder)
     for name, make in _BASELINES.items():
-        found[name] = _kept(folder / f"{name}.json", lambda make=make: make(ratio, recipe, tokens, folder))
+        found[name] = _kept(folder / f"{name}.json", lambda make=make: make(given))
     seconds = time.perf_counter() - started
     return {"ratio": ratio, "seed": seed, "losses": found, "tokens": tokens, "really": report["ratio"],
             "seconds": seconds, "stages": report["stages"]}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a baseline is made of. ``dense``: losses of the dense model; ``budget``: tokens of LHSPG and recovery;
+    ``frozen``: groups that LHSPG left whole."""
+
+    ratio: float
+    recipe: Any
+    dense: Losses
+    budget: int
+    frozen: tuple[str, ...]
+    folder: Path
 
 
 def _load() -> tuple[Any, Any]:
@@ -90,6 +108,7 @@ def _load() -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
+@cache
 def _sources() -> Any:
     from shear_ir.training.data import load_data, prepare
 
@@ -103,52 +122,58 @@ def _measured(model: Any) -> Losses:
     return {name: loss.nll for name, loss in evaluate_sources(model, _sources()[1]).items()}
 
 
-def _by_magnitude(ratio: float) -> Any:
+def _by_magnitude(ratio: float, frozen: tuple[str, ...] = ()) -> Any:
     import shear_ir as sir
 
     model, _ = _load()
-    return sir.shear(model, sir.plan(sir.trace(model), ratio=ratio, importance="magnitude"))
+    return sir.shear(model, sir.plan(sir.trace(model), ratio=ratio, importance="magnitude", frozen=frozen))
 
 
-def _magnitude(ratio: float, recipe: Any, tokens: Mapping[str, Any], folder: Path) -> Losses:
-    return _measured(_by_magnitude(ratio))
+def _magnitude(given: Given) -> Losses:
+    return _measured(_by_magnitude(given.ratio))
 
 
-def _recovered(model: Any, recipe: Any, folder: Path, **changes: Any) -> Losses:
+def _recovered(model: Any, given: Given, name: str, **changes: Any) -> Losses:
     """The stages of ``data.yaml`` on a pruned model."""
     from shear_ir.training.recovery import recover
 
     config, sources = _sources()
-    dense = _measured(_load()[0])
     for number, stage in enumerate(config.road):
-        settings = replace(recipe.stage(stage.name), **changes)
-        rows = {name: sources[name] for name in stage.sources}
-        model = recover(model, rows, dense, settings, folder / f"{number}", stage=stage.name).model
+        settings = replace(given.recipe.stage(stage.name), **changes)
+        rows = {source: sources[source] for source in stage.sources}
+        folder = given.folder / name / f"{number}"
+        model = recover(model, rows, given.dense, settings, folder, stage=stage.name).model
     return _measured(model)
 
 
-def _magnitude_recovered(ratio: float, recipe: Any, tokens: Mapping[str, Any], folder: Path) -> Losses:
-    return _recovered(_by_magnitude(ratio), recipe, folder / "magnitude")
+def _magnitude_recovered(given: Given) -> Losses:
+    return _recovered(_by_magnitude(given.ratio), given, "magnitude")
 
 
-def _uniform(ratio: float, recipe: Any, tokens: Mapping[str, Any], folder: Path) -> Losses:
+def _uniform(given: Given) -> Losses:
     import shear_ir as sir
 
-    return _recovered(sir.load(folder / "work" / "pruned"), recipe, folder / "uniform", dynamic=False)
+    return _recovered(sir.load(given.folder / "work" / "pruned"), given, "uniform", dynamic=False)
 
 
-def _plain_lora(ratio: float, recipe: Any, tokens: Mapping[str, Any], folder: Path) -> Losses:
+def _plain_lora(given: Given) -> Losses:
+    return _tuned(_by_magnitude(given.ratio), given, "plain")
+
+
+def _plain_lora_beside_whole(given: Given) -> Losses:
+    return _tuned(_by_magnitude(given.ratio, given.frozen), given, "whole")
+
+
+def _tuned(model: Any, given: Given, name: str) -> Losses:
     """One run of LoRA fine-tuning over all sources evenly, with one schedule."""
     from shear_ir.training.recovery import recover
 
     _, sources = _sources()
-    budget = tokens["lhspg"] + sum(tokens["recovery"])
     each = statistics.mean(source.train.tokens / len(source.train) for source in sources.values())
     settings = replace(
-        recipe.recovery, dynamic=False, max_rounds=1, epochs=1, rows_per_round=math.ceil(budget / each),
-    )  # fmt: skip
-    model = _by_magnitude(ratio)
-    return _measured(recover(model, sources, _measured(_load()[0]), settings, folder / "plain", stage="plain").model)
+        given.recipe.recovery, dynamic=False, max_rounds=1, epochs=1, rows_per_round=math.ceil(given.budget / each)
+    )
+    return _measured(recover(model, sources, given.dense, settings, given.folder / name, stage="plain").model)
 
 
 _BASELINES = {
@@ -156,6 +181,7 @@ _BASELINES = {
     "magnitude + recovery": _magnitude_recovered,
     "magnitude + LoRA": _plain_lora,
     "uniform": _uniform,
+    "whole + LoRA": _plain_lora_beside_whole,
 }
 
 
@@ -206,7 +232,7 @@ def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for ratio in sorted({r["ratio"] for r in runs}):
         mine = [r for r in runs if r["ratio"] == ratio]
-        for name in ("magnitude + recovery", "magnitude + LoRA", "uniform"):
+        for name in ("magnitude + recovery", "magnitude + LoRA", "whole + LoRA", "uniform"):
             gaps = [mean(r["losses"][name]) - mean(r["losses"]["stage 2"]) for r in mine]
             beats = "beats" if statistics.mean(gaps) > 0 else "does not beat"
             won = sum(gap > 0 for gap in gaps)
@@ -292,7 +318,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if quick:
         recipe = _quick(recipe, out)
-    wanted = [(r, s) for r in ratios for s in seeds]
+    wanted = [(r, s) for s in seeds for r in ratios]
     _run_all([w for w in wanted if not (out / f"{w[0]:g}-{w[1]}" / "run.json").is_file()], recipe, out, jobs)
     runs = [json.loads((out / f"{r:g}-{s}" / "run.json").read_text()) for r, s in wanted]
     rows = summary(runs)
