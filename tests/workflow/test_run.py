@@ -127,6 +127,7 @@ def stop(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch, where: Any, w
             run(place, data)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_in_every_stage_ends_as_one_that_was_not(
     tmp_path: Path, data: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
