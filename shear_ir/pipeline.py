@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -106,9 +107,10 @@ def plan(
     fork = manager.fork(weights, without=(Importance, SelectUniform))
     found = fork.get(selection)
     others = _accepted_heads(program, found) if stock and uniform else []
-    tried = [_try(fork, replace(selection, heads=heads)) for heads in others]
-    plans = [made for made in tried if made is not None]
-    return min(plans, key=_imbalance, default=found)
+    tried = [replace(selection, heads=heads) for heads in others]
+    gaps = {other: gap for other in tried if (gap := _imbalance(fork, other)) < math.inf}
+    best = min(gaps, key=gaps.__getitem__, default=None)
+    return found if best is None else fork.get(best)
 
 
 def shear(
@@ -222,18 +224,15 @@ def _accepted_heads(program: Program, plan: Plan) -> list[int]:
     return [*below[-1:], *above[:1]]
 
 
-def _try(manager: AnalysisManager, selection: SelectUniform) -> Plan | None:
+def _imbalance(manager: AnalysisManager, selection: SelectUniform) -> float:
+    """How unlike the shares are that the kinds lose; infinite where the ratio cannot be reached."""
     try:
-        return manager.get(selection)
+        counts = manager.running(selection, lambda: selection.counts(manager))
     except PlanError:
-        return None
-
-
-def _imbalance(plan: Plan) -> float:
-    """How unlike the shares are that the kinds lose."""
-    lost: dict[str, float] = dict.fromkeys(plan.options["kinds"], 0.0)
-    for cut in plan.cuts:
-        lost[cut.kind] = max(lost[cut.kind], 1 - len(cut.kept) / cut.size)
+        return math.inf
+    lost: dict[str, float] = dict.fromkeys(selection.kinds, 0.0)
+    for group, count in counts.items():
+        lost[group.kind] = max(lost[group.kind], 1 - count / group.size)
     return max(lost.values()) - min(lost.values())
 
 

@@ -81,15 +81,13 @@ def _base_alone(
 
 def _changes(model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> Changes | None:
     """The fields to change, searched for in a model of few layers where the whole model confirms what is found."""
-    whole = _Search(model, target, sizes)
-    if whole.base is None or set(whole.base) != set(target):
-        return None
-    depth = _few_layers(model, whole.base)
+    depth = _few_layers(model, _shapes(model))
     if depth:
         few = _Search(model, target, sizes, depth).run()
-        if few is not None and whole.fits(few):
+        if few is not None and _shapes_of(model, few) == target:
             return few
-    return whole.run()
+    whole = _Search(model, target, sizes)
+    return None if whole.base is None or set(whole.base) != set(target) else whole.run()
 
 
 def _few_layers(model: nn.Module, base: Shapes) -> Changes:

@@ -50,17 +50,11 @@ class SelectUniform(Selection):
 
     def run(self, program: Program, analyses: AnalysisManager) -> Plan:
         """Raises ``PlanError`` when the ratio cannot be reached, saying what can."""
-        if not 0.0 < self.ratio < 1.0:
-            raise PlanError(f"ratio is a share of the parameters between 0 and 1, not {self.ratio}")
-        if self.round_to < 1:
-            raise PlanError(f"round_to is a number of units from 1 up, not {self.round_to}")
+        counts = self.counts(analyses)
         groups = analyses.get(FindGroups())
-        chosen = choose(groups, self.only, self.skip, self.kinds, self.frozen)
-        criterion_ = criterion(self.importance, self.seed) if isinstance(self.importance, str) else self.importance
+        criterion_ = self._criterion()
         scores = analyses.get(criterion_)
-        solver = _Solver(self, chosen, scores, analyses.get(MeasureCosts()))
-        counts = solver.solve()
-        kept = {g: _best(scores[g], counts[g]) for g in chosen}
+        kept = {g: _best(scores[g], count) for g, count in counts.items()}
         options = {
             "ratio": self.ratio, "importance": str(criterion_), "round_to": self.round_to, "uniform": self.uniform,
             "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
@@ -68,6 +62,18 @@ class SelectUniform(Selection):
             **({"frozen": list(self.frozen)} if self.frozen else {}),
         }  # fmt: skip
         return build_plan(groups, analyses.get(MeasureCosts()), kept, options=options, reason=f"least by {criterion_}")
+
+    def counts(self, analyses: AnalysisManager) -> dict[Group, int]:
+        """How many units stay of each chosen group; raises as ``run`` does."""
+        if not 0.0 < self.ratio < 1.0:
+            raise PlanError(f"ratio is a share of the parameters between 0 and 1, not {self.ratio}")
+        if self.round_to < 1:
+            raise PlanError(f"round_to is a number of units from 1 up, not {self.round_to}")
+        chosen = choose(analyses.get(FindGroups()), self.only, self.skip, self.kinds, self.frozen)
+        return _Solver(self, chosen, analyses.get(self._criterion()), analyses.get(MeasureCosts())).solve()
+
+    def _criterion(self) -> Importance:
+        return criterion(self.importance, self.seed) if isinstance(self.importance, str) else self.importance
 
 
 def choose(
