@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,9 @@ def open_language_model(
     if loaded.config_only or loaded.source is None:
         raise LoadError(f"{spec} has no {'weights' if loaded.config_only else 'folder with a tokenizer'} to work with")
     tokenizer = open_tokenizer(loaded.source, trust)
-    loaded.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Of the processes that accelerate launches, each has a card of its own.
+    card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    loaded.model.to(card if device != "cpu" and torch.cuda.is_available() else "cpu")
     return loaded, tokenizer
 
 

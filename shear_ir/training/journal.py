@@ -18,6 +18,8 @@ from shear_ir.plans import write_text
 
 STATE_FILE = "state.json"
 _SAMPLE = 64
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes of a number to the whole numbers of as many."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,15 @@ class Journal:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A hash of names, types, shapes and the first numbers of all parameters: another plan or model gives another."""
+    """A hash of names, types, shapes, first numbers and sums of all parameters: another plan or model gives another."""
     made = hashlib.sha256()
     for name, parameter in model.named_parameters():
         made.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        some = parameter.detach().flatten()[:_SAMPLE].cpu().contiguous()
+        flat = parameter.detach().flatten()
+        some = flat[:_SAMPLE].cpu().contiguous()
         made.update(some.view(torch.uint8).numpy().tobytes())
+        # Whole numbers add up to the same in any order, on any device.
+        made.update(str(int(flat.view(_WHOLE[flat.element_size()]).sum(dtype=torch.int64))).encode())
     return made.hexdigest()[:16]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from shear_backends.folder import refuse_existing
 from shear_backends.module import RECORD
 from shear_backends.store import Saved
-from shear_ir import pipeline
 from shear_ir.errors import LoadError, PlanError
 from shear_ir.plans import write_text
 from shear_ir.training.data import DataConfig, Progress, prepare
@@ -26,6 +24,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.recovery import Recovered, recover
 from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.training.settings import Recovery
+from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.work import Work, digest_of
 
@@ -101,9 +100,13 @@ def recover_stages(
         stages.append(done)
         model = done.model
         losses[stage.name] = measured(f"{number}-{stage.name}", partial(getattr, done, "model"))
-    return _saved(
-        model, Result(Saved(out, False), losses, tuple(s.to_json() for s in stages)), kept, source, force, keep_work
-    )
+    result = Result(Saved(out, False), losses, tuple(each.to_json() for each in stages))
+
+    def tell(saved: Saved, folder: Path) -> None:
+        write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
+
+    saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
+    return replace(result, saved=saved)
 
 
 def read_losses(path: Path) -> dict[str, float]:
@@ -143,17 +146,3 @@ def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
     if missing:
         raise PlanError(f"the losses of the dense model lack the source {missing[0]}")
     return {name: Loss(dense[name], loss.tokens) for name, loss in measured.items()}
-
-
-def _saved(model: nn.Module, result: Result, work: Work, source: Path | None, force: bool, keep_work: bool) -> Result:
-    """Have the main process write everything; the others learn where, not how it loads."""
-    made: list[Result] = []
-
-    def make() -> None:
-        made.append(replace(result, saved=pipeline.save(model, result.saved.path, source=source, force=force)))
-        write_text(result.saved.path / REPORT, json.dumps(made[0].to_json(), indent=1))
-        if not keep_work:
-            shutil.rmtree(work.folder, ignore_errors=True)
-
-    work.once(False, make)
-    return made[0] if made else result

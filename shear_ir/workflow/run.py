@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from shear_backends.folder import refuse_existing, written_whole
+from shear_backends.folder import refuse_existing
 from shear_backends.store import Saved
 from shear_ir import pipeline
 from shear_ir.errors import PlanError
@@ -26,6 +25,7 @@ from shear_ir.training.pruning import prune
 from shear_ir.training.recovery import recover
 from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.workflow.measure import compare_speed, sample
+from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.report import write_report
 from shear_ir.workflow.work import Work, digest_of
@@ -93,7 +93,7 @@ class _Run:
     def go(self, out: Path, source: Path | None, force: bool, command: str) -> Outcome:
         self._check()
         self.sources = prepare(self.data, self.tokenizer, self.progress)
-        _to_device(self.model, self.recipe.pruning.device)
+        _to_device(self.model, self.state.device)
         data = {name: (s.train.digest, s.validation.digest) for name, s in self.sources.items()}
         self.work = Work(self.place, self.state, {
             "weights (of another model)": weights_digest(self.model),
@@ -198,7 +198,7 @@ class _Run:
             dense = made.model
             self.work.once(False, lambda: self._shear(dense, made.kept, {"steps": made.steps, "tokens": made.tokens}))
         small = pipeline.load(folder, dense)
-        _to_device(small, self.recipe.pruning.device)
+        _to_device(small, self.state.device)
         return small, Plan.load(folder / "plan.json"), self.work.document("pruning.json", dict)
 
     def _first(self) -> dict[str, Source]:
@@ -233,29 +233,16 @@ class _Run:
     def _save(
         self, small: nn.Module, plan: Plan, report: dict[str, Any], out: Path, source: Path | None, force: bool
     ) -> Outcome:
-        saved: list[Saved] = []
+        def tell(saved: Saved, folder: Path) -> None:
+            report["stock"], report["note"] = saved.stock, saved.note
+            report["document"] = write_report(report, folder)
 
-        def make() -> None:
-            result = self.work.path("result")
-            shutil.rmtree(result, ignore_errors=True)  # what a stop while it was moved has left of it
-            saved.append(pipeline.save(small, result, source=source))
-            if source is None:
-                self.tokenizer.save_pretrained(result)
-            report["stock"], report["note"] = saved[0].stock, saved[0].note
-            report["document"] = write_report(report, result)
-            with written_whole(out, force) as beside:
-                for item in result.iterdir():
-                    shutil.move(item, beside / item.name)
-            if self.keep_work:
-                result.rmdir()
-            else:
-                shutil.rmtree(self.place, ignore_errors=True)
-
-        self.work.once(False, make)
-        done = Saved(out, saved[0].stock, saved[0].note) if saved else Saved(out, False)
+        done = publish(
+            small, self.work, out, tell, source=source, tokenizer=self.tokenizer, force=force, keep_work=self.keep_work
+        )
         return Outcome(done, plan, report.get("document", {}))
 
 
-def _to_device(model: nn.Module, device: torch.device | str | None) -> None:
+def _to_device(model: nn.Module, device: torch.device | str) -> None:
     if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device)

@@ -19,6 +19,7 @@ from shear_ir.errors import PlanError, SaveError
 from shear_ir.training.data import load_data, prepare
 from shear_ir.training.evaluate import evaluate_sources
 from shear_ir.training.knowledge import Knowledge
+from shear_ir.workflow import publish
 from shear_ir.workflow import run as module
 from shear_ir.workflow.run import Outcome
 from tests.training.tiny import adapted
@@ -105,7 +106,7 @@ def at(what: str, step: int) -> Callable[[str, int, int], None]:
 STOPS: list[tuple[Any, ...]] = [
     ("measuring knowledge", 3), ("pruning", 1), ("pruning", 3), (module, "compare_speed", 0), (module.pipeline, "save", 0),
     (module, "sample", 0), ("reading: round 1", 2), ("reading: round 2", 1), ("tuning: round 1", 2),
-    (module.pipeline, "save", 0), (module, "write_report", 0), (module.shutil, "move", 3),
+    (module.pipeline, "save", 0), (module, "write_report", 0), (publish.shutil, "move", 3),
 ]  # fmt: skip
 
 
