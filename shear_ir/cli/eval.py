@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,6 +67,9 @@ def eval(
         if names:
             told("running tasks", 0, 1)
             scores = run_tasks(loaded.model, tokenizer, names, batch=batch, limit=limit)
+    for name, loss in losses.items():
+        if not math.isfinite(loss.nll):
+            console.warn(f"the loss on {name} is no number: the model's outputs are not finite there")
     if json:
         console.put_json(_document(model, losses, scores))
     else:

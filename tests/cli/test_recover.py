@@ -184,6 +184,19 @@ def test_a_table_says_what_each_source_loses(shear: Shear, place: Path) -> None:
     assert document["tasks"] == []
 
 
+def test_a_loss_that_is_no_number_is_said(shear: Shear, place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "dense")
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer().save_pretrained(tmp_path / "broken")
+    done = shear("eval", tmp_path / "broken", "--data", place / "data.yaml", "--json")
+    assert done.code == 0
+    assert "the loss on " in done.err
+    assert "is no number" in done.err
+    assert all(each["nll"] is None for each in json.loads(done.out)["sources"].values())
+
+
 def test_a_file_of_rows_is_measured_whole(shear: Shear, place: Path) -> None:
     rows = len((place / "texts.jsonl").read_text().splitlines())
     ran = shear("eval", place / "small", "--data", place / "texts.jsonl", "--json")
