@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+from functools import cache
 
 from shear_ir.errors import PlanError
 
@@ -69,12 +70,14 @@ class Recovery:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0.0):
                 raise PlanError(f"{name} of a recovery is a positive number, not {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
+            raise PlanError(f"weight_decay of a recovery is a number from 0 up, not {self.weight_decay}")
+        if not 0 <= self.seed < 2**31:
+            raise PlanError(f"seed of a recovery is a whole number from 0 to 2**31 - 1, not {self.seed}")
         self._check_names()
 
     def _check_names(self) -> None:
-        from transformers import SchedulerType
-
-        known = [kind.value for kind in SchedulerType]
+        known = _schedules()
         if self.schedule not in known:
             raise PlanError(f"there is no schedule '{self.schedule}'; there are {', '.join(known)}")
         if self.device not in (None, "cpu", "cuda"):
@@ -85,3 +88,22 @@ class Recovery:
         """A hash of the options that change the result."""
         told = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_DIGEST}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def _schedules() -> list[str]:
+    """The schedules of transformers that a warm-up and a number of steps describe: others need more options."""
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    able = []
+    for kind in SchedulerType:
+        tried = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        try:
+            made = get_scheduler(kind, tried, num_warmup_steps=1, num_training_steps=2)
+        except (TypeError, ValueError):
+            continue
+        # Those that wait for a measured loss have no rate of their own for a step.
+        if isinstance(made, torch.optim.lr_scheduler.LambdaLR):
+            able.append(kind.value)
+    return able

@@ -323,6 +323,10 @@ def test_bfloat16_and_gradient_checkpointing_run_and_leave_no_wrapper(tmp_path: 
         ({"dropout": 1.5}, "dropout of a recovery is a share between 0 and 1, not 1.5"),
         ({"lr": math.nan}, "lr of a recovery is a positive number, not nan"),
         ({"schedule": "soon"}, "there is no schedule 'soon'; there are "),
+        ({"schedule": "warmup_stable_decay"}, "there is no schedule 'warmup_stable_decay'; there are linear, "),
+        ({"schedule": "reduce_lr_on_plateau"}, "there is no schedule 'reduce_lr_on_plateau'; there are linear, "),
+        ({"weight_decay": -1.0}, "weight_decay of a recovery is a number from 0 up, not -1.0"),
+        ({"seed": -1}, "seed of a recovery is a whole number from 0 "),
         ({"device": "abacus"}, "a recovery runs on cpu or cuda, not on 'abacus'"),
     ],
 )
