@@ -62,6 +62,8 @@ def _from_files(name: str, patterns: str | list[str], folder: Path) -> Any:
         raise LoadError(f"source {name}: {odd} has none of the extensions {', '.join(FORMATS)}")
     if len(kinds) > 1:
         raise LoadError(f"source {name}: files of one source have one format, not {' and '.join(sorted(kinds))}")
+    if not any(file.stat().st_size for file in files):
+        raise LoadError(f"source {name}: {files[0]} is empty")
     kind = kinds.pop()
     # A blank line separates the documents of a text file.
     options = {"sample_by": "paragraph"} if kind == "text" else {}

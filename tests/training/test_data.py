@@ -215,6 +215,7 @@ def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, said:
         ({"path": "broken.jsonl"}, "source s cannot be read: "),
         ({"path": "few.jsonl", "text": "body"}, "source s has no field 'body', only text"),
         ({"path": "blank.jsonl"}, "source s has no usable row"),
+        ({"path": "empty.jsonl"}, "empty.jsonl is empty"),
         ({"path": "few.jsonl"}, "source s has 3 rows of 5 tokens, fewer than the 4 that validation asks for"),
         ({"path": "few.jsonl", "validation_rows": 3}, "source s has no usable row left to train on"),
         ({"path": "a.txt", "validation": "few.jsonl", "validation_rows": 9}, "fewer than the 9 that validation asks"),
@@ -226,6 +227,7 @@ def test_a_source_that_cannot_be_used_is_named(tmp_path: Path, source: dict[str,
     written(tmp_path, "few.jsonl", texts(3))
     written(tmp_path, "blank.jsonl", [{"text": " "}, {"text": None}])
     (tmp_path / "broken.jsonl").write_text('{"text": \n')
+    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.txt").write_text("a b c d e f")
     (tmp_path / "notes.pdf").write_text("x")
     with pytest.raises(LoadError) as refused:
