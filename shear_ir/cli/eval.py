@@ -50,7 +50,7 @@ def eval(
     if data is None and not names:
         raise PlanError("give --data FILE, --tasks TASK or both, which say what to measure on")
     from shear_ir.training.data import held_out, load_data
-    from shear_ir.training.evaluate import evaluate_sources
+    from shear_ir.training.evaluate import evaluate_sources, require_readable
     from shear_ir.training.harness import require_harness, run_tasks
 
     config = None if data is None else load_data(data, whole=True)
@@ -63,6 +63,7 @@ def eval(
         loaded, tokenizer = open_language_model(model, trust_remote_code, dtype, device)
         if config is not None:
             rows = held_out(config, tokenizer, told)
+            require_readable(loaded.model, rows)
             losses = evaluate_sources(loaded.model, rows, batch=batch, bf16=bf16, progress=told)
         if names:
             told("running tasks", 0, 1)

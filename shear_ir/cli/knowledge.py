@@ -53,7 +53,7 @@ def knowledge(
     _check(ratios, freeze)
     from shear_ir import pipeline
     from shear_ir.training.data import held_out, load_data
-    from shear_ir.training.evaluate import evaluate
+    from shear_ir.training.evaluate import evaluate, require_readable
     from shear_ir.training.knowledge import KINDS, RATIOS, measure_knowledge
 
     config = load_data(data, whole=True)
@@ -61,6 +61,7 @@ def knowledge(
         told("loading", 0, 1)
         loaded, tokenizer = open_language_model(model, trust_remote_code, dtype, device)
         sources = held_out(config, tokenizer, told)
+        require_readable(loaded.model, sources)
         measured = {name: each[:rows] if rows else each for name, each in sources.items()}
 
         def loss(one: nn.Module) -> float:

@@ -17,6 +17,9 @@ from shear_ir.errors import PlanError
 from shear_ir.training.data import Progress, Source
 from shear_ir.training.rows import IGNORED, Rows
 
+_PROBED = 8
+"""Tokens on which it is tried whether a model is causal."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -58,6 +61,47 @@ def evaluate(
             if progress is not None:
                 progress(min(start + batch, len(rows)), len(rows))
     return Loss(total / tokens, tokens)
+
+
+def require_readable(model: nn.Module, sources: Mapping[str, Source | Rows]) -> None:
+    """Raise ``PlanError`` where ``model`` cannot read rows of ``sources``, or sees the tokens that it is to predict."""
+    parts = [s if isinstance(s, Rows) else part for s in sources.values()
+             for part in ((s,) if isinstance(s, Rows) else (s.validation, s.train))]  # fmt: skip
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError("this model has an encoder and a decoder: only causal language models can be measured here")
+    vocabulary = getattr(config, "vocab_size", None)
+    top = max(int(rows.ids.max()) for rows in parts)
+    if isinstance(vocabulary, int) and top >= vocabulary:
+        raise PlanError(
+            f"the tokenizer gives the token {top}, and the model knows {vocabulary}: it is of another model"
+        )
+    longest = max(int(rows.lengths.max()) for rows in parts)
+    try:
+        _read(model, torch.zeros(1, longest, dtype=torch.int64))
+    except IndexError as failure:  # a table of positions that ends before
+        raise PlanError(f"the model cannot read rows of {longest} tokens: give a shorter length") from failure
+    _require_causal(model, parts[0])
+
+
+def _read(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of one row."""
+    with _measuring(model):
+        output = model(input_ids=ids.to(_device(model)))
+    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    return logits[0]
+
+
+def _require_causal(model: nn.Module, rows: Rows) -> None:
+    """By what it does: another last token leaves the outputs before it as they were."""
+    one = rows.ids[:1, : min(_PROBED, int(rows.lengths[0]))].long()
+    other = one.clone()
+    other[0, -1] = one[0, 0] if one[0, -1] != one[0, 0] else (one[0, 0] + 1) % 2
+    before, after = _read(model, one), _read(model, other)
+    change = (before.float() - after.float()).abs()
+    rounding = 4 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    if float(change[:-1].max()) > max(1e-4 * float(change[-1].max()), rounding):
+        raise PlanError("the model sees the tokens that it is to predict: only causal language models can be measured")
 
 
 def evaluate_sources(

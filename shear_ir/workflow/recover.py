@@ -19,14 +19,14 @@ from shear_backends.store import Saved
 from shear_ir.errors import LoadError, PlanError
 from shear_ir.plans import write_text
 from shear_ir.training.data import DataConfig, Progress, prepare
-from shear_ir.training.evaluate import Loss, evaluate_sources
+from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
 from shear_ir.training.recovery import Recovered, recover
 from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.training.settings import Recovery
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
-from shear_ir.workflow.work import Work, digest_of
+from shear_ir.workflow.work import Work, digest_of, place_of
 
 REPORT = "recovery.json"
 Losses = Mapping[str, Loss]
@@ -69,10 +69,11 @@ def recover_stages(
     out = Path(out)
     refuse_existing(out, force)
     recipe = recipe or Recipe()
-    place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
+    place = place_of(out, work)
     settings = _settings(model, data, recipe, keep_adapters, place)
     state = PartialState(cpu=on_cpu(recipe.recovery.device))
     sources = prepare(data, tokenizer, progress)
+    require_readable(model, sources)
     kept = Work(place, state, {
         "weights (of another model or plan)": weights_digest(model),
         "dense model": digest_of(dense_name if callable(dense) else dict(dense)),

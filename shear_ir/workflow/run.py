@@ -18,7 +18,7 @@ from shear_ir import pipeline
 from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
 from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
-from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources
+from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge, measure_knowledge
 from shear_ir.training.pruning import prune
@@ -28,7 +28,7 @@ from shear_ir.workflow.measure import compare_speed, sample
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.report import write_report
-from shear_ir.workflow.work import Work, digest_of
+from shear_ir.workflow.work import Work, digest_of, place_of
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.select.build import build_plan
 from shear_passes.select.uniform import DEFAULT_KINDS
@@ -72,7 +72,7 @@ def lorashear(
     out = Path(out)
     refuse_existing(out, force)
     choice = Choice(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
-    place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
+    place = place_of(out, work)
     run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, keep_work, progress)
     return run.go(out, source, force, command)
 
@@ -94,6 +94,7 @@ class _Run:
         self._check()
         self.sources = prepare(self.data, self.tokenizer, self.progress)
         _to_device(self.model, self.state.device)
+        require_readable(self.model, self.sources)
         data = {name: (s.train.digest, s.validation.digest) for name, s in self.sources.items()}
         self.work = Work(self.place, self.state, {
             "weights (of another model)": weights_digest(self.model),

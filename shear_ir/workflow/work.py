@@ -20,7 +20,7 @@ class Work:
     """One run's folder. Only the main process of several writes; the others wait and read what it wrote.
 
     ``state``: the processes of the run. ``digests``: what it was begun with, by the words that a refusal uses. Raises
-    ``PlanError`` for a folder of another run, ``SaveError`` where none can be made.
+    ``PlanError`` for a folder of another run or with other files, ``SaveError`` where none can be made.
     """
 
     def __init__(self, folder: Path, state: PartialState, digests: Mapping[str, str]) -> None:
@@ -68,3 +68,17 @@ class Work:
 def digest_of(document: Any) -> str:
     """A hash of a JSON document."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def place_of(out: Path, work: str | Path | None) -> Path:
+    """The folder of a run that writes ``out``: ``work``, beside ``out`` when None.
+
+    It is removed at the end, so ``PlanError`` where ``out`` would go with it, or where it holds what no run has made.
+    """
+    place = Path(work) if work is not None else out.with_name(f"{out.name}.work")
+    mine, result = place.resolve(), out.resolve()
+    if mine == result or mine in result.parents or result in mine.parents:
+        raise PlanError(f"{place} cannot be the folder of the run's artefacts and {out} its result: keep them apart")
+    if place.is_dir() and not (place / RUN_FILE).is_file() and any(place.iterdir()):
+        raise PlanError(f"{place} holds files of something else, and would be removed at the end: choose a new folder")
+    return place

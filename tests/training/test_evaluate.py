@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_ir.training.data import Source
-from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources
+from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources, require_readable
 from shear_ir.training.rows import Rows, stacked
 from tests.training.tiny import adapted
 from tests.zoo import FAMILIES
@@ -100,3 +102,39 @@ def test_each_source_is_measured_on_its_validation_rows_with_progress() -> None:
 def test_rows_without_a_token_to_predict_are_refused() -> None:
     with pytest.raises(PlanError, match="no token to predict"):
         evaluate(FAMILIES["llama_gqa"](), rows(5, prompt=5))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama_gqa", torch.float32), ("llama_gqa", torch.bfloat16), ("gpt2", torch.bfloat16), ("mixtral", torch.float32)],
+)
+def test_a_causal_model_reads_rows_that_fit_it(family: str, dtype: torch.dtype) -> None:
+    require_readable(FAMILIES[family]().to(dtype), {"a": rows(13, 9)})
+
+
+def small_gpt2(**change: int) -> nn.Module:
+    sizes = {"vocab_size": 61, "n_embd": 12, "n_layer": 1, "n_head": 3, "n_positions": 13} | change
+    return GPT2LMHeadModel(GPT2Config(**sizes))
+
+
+def small_bert() -> nn.Module:
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 20}
+    return BertForMaskedLM(BertConfig(vocab_size=61, **sizes))
+
+
+def small_t5() -> nn.Module:
+    return T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=12, d_kv=4, d_ff=20, num_layers=1, num_heads=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: small_gpt2(n_positions=12), "the model cannot read rows of 13 tokens: give a shorter length"),
+        (lambda: small_gpt2(vocab_size=40), r"gives the token \d+, and the model knows 40: it is of another model"),
+        (small_bert, "the model sees the tokens that it is to predict"),
+        (small_t5, "has an encoder and a decoder"),
+    ],
+)
+def test_a_model_that_cannot_read_the_rows_is_refused(make: Callable[[], nn.Module], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        require_readable(make(), {"a": rows(13, 9)})

@@ -208,6 +208,15 @@ def test_what_no_stage_can_do_is_refused_before_the_first(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("work", ["out", "out/work", ".", "mine"])
+def test_a_folder_that_must_not_be_removed_is_no_work(tmp_path: Path, data: Path, work: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    with pytest.raises(PlanError, match=r"keep them apart|holds files of something else"):
+        run(tmp_path / "out", data, work=tmp_path / work)
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "kept"]
+
+
 def test_a_folder_that_is_there_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(SaveError, match="exists already"):
