@@ -26,7 +26,7 @@ from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.training.settings import Recovery
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
-from shear_ir.workflow.work import Work, digest_of, place_of
+from shear_ir.workflow.work import Work, alone, digest_of, place_of
 
 REPORT = "recovery.json"
 Losses = Mapping[str, Loss]
@@ -74,40 +74,41 @@ def recover_stages(
     state = PartialState(cpu=on_cpu(recipe.recovery.device))
     sources = prepare(data, tokenizer, progress)
     require_readable(model, sources)
-    kept = Work(place, state, {
-        "weights (of another model or plan)": weights_digest(model),
-        "dense model": digest_of(dense_name if callable(dense) else dict(dense)),
-        "data": digest_of({name: (s.train.digest, s.validation.digest) for name, s in sources.items()}),
-        "stages": digest_of([(name, each.digest) for name, each in settings.items()]),
-    })  # fmt: skip
+    with alone(place):
+        kept = Work(place, state, {
+            "weights (of another model or plan)": weights_digest(model),
+            "dense model": digest_of(dense_name if callable(dense) else dict(dense)),
+            "data": digest_of({name: (s.train.digest, s.validation.digest) for name, s in sources.items()}),
+            "stages": digest_of([(name, each.digest) for name, each in settings.items()]),
+        })  # fmt: skip
 
-    def measured(name: str, load: Callable[[], nn.Module]) -> dict[str, Loss]:
-        def make() -> dict[str, Any]:
-            options = {"batch": recipe.recovery.eval_batch, "bf16": recipe.recovery.bf16}
-            found = evaluate_sources(load(), sources, **options, progress=progress)  # type: ignore[arg-type]
-            return {source: asdict(loss) for source, loss in found.items()}
+        def measured(name: str, load: Callable[[], nn.Module]) -> dict[str, Loss]:
+            def make() -> dict[str, Any]:
+                options = {"batch": recipe.recovery.eval_batch, "bf16": recipe.recovery.bf16}
+                found = evaluate_sources(load(), sources, **options, progress=progress)  # type: ignore[arg-type]
+                return {source: asdict(loss) for source, loss in found.items()}
 
-        return {source: Loss(**loss) for source, loss in kept.document(f"losses-{name}.json", make).items()}
+            return {source: Loss(**loss) for source, loss in kept.document(f"losses-{name}.json", make).items()}
 
-    sheared = measured("sheared", lambda: model)
-    known = measured("dense", dense) if callable(dense) else _given(dense, sheared)
-    losses: dict[str, Losses] = {"dense": known, "sheared": sheared}
-    stages: list[Recovered] = []
-    for number, stage in enumerate(data.road):
-        done = recover(
-            model, {n: sources[n] for n in stage.sources}, {n: loss.nll for n, loss in known.items()},
-            settings[stage.name], kept.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=progress,
-        )  # fmt: skip
-        stages.append(done)
-        model = done.model
-        losses[stage.name] = measured(f"{number}-{stage.name}", partial(getattr, done, "model"))
-    result = Result(Saved(out, False), losses, tuple(each.to_json() for each in stages))
+        sheared = measured("sheared", lambda: model)
+        known = measured("dense", dense) if callable(dense) else _given(dense, sheared)
+        losses: dict[str, Losses] = {"dense": known, "sheared": sheared}
+        stages: list[Recovered] = []
+        for number, stage in enumerate(data.road):
+            done = recover(
+                model, {n: sources[n] for n in stage.sources}, {n: loss.nll for n, loss in known.items()},
+                settings[stage.name], kept.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=progress,
+            )  # fmt: skip
+            stages.append(done)
+            model = done.model
+            losses[stage.name] = measured(f"{number}-{stage.name}", partial(getattr, done, "model"))
+        result = Result(Saved(out, False), losses, tuple(each.to_json() for each in stages))
 
-    def tell(saved: Saved, folder: Path) -> None:
-        write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
+        def tell(saved: Saved, folder: Path) -> None:
+            write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
 
-    saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
-    return replace(result, saved=saved)
+        saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
+        return replace(result, saved=saved)
 
 
 def read_losses(path: Path) -> dict[str, float]:

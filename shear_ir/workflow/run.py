@@ -28,7 +28,7 @@ from shear_ir.workflow.measure import compare_speed, sample
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.report import write_report
-from shear_ir.workflow.work import Work, digest_of, place_of
+from shear_ir.workflow.work import Work, alone, digest_of, place_of
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.select.build import build_plan
 from shear_passes.select.uniform import DEFAULT_KINDS
@@ -74,7 +74,8 @@ def lorashear(
     choice = Choice(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
     place = place_of(out, work)
     run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, keep_work, progress)
-    return run.go(out, source, force, command)
+    with alone(place):
+        return run.go(out, source, force, command)
 
 
 @dataclass(eq=False)
@@ -192,9 +193,12 @@ class _Run:
         folder = self.work.path("pruned")
         dense = self.model
         if not folder.is_dir():
+            target = self._target(knowledge.frozen)
+            # What cannot be sheared is to be known before hours of training, not after them.
+            pipeline.shear(self.model, target)
             made = prune(
-                self.model, self.groups, self._target(knowledge.frozen), self._first(), self.recipe.pruning,
-                self.work.path("lhspg"), self._told("pruning"),
+                self.model, self.groups, target, self._first(), self.recipe.pruning, self.work.path("lhspg"),
+                self._told("pruning"),
             )  # fmt: skip
             dense = made.model
             self.work.once(False, lambda: self._shear(dense, made.kept, {"steps": made.steps, "tokens": made.tokens}))

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from shear_ir.errors import PlanError, SaveError
 from shear_ir.plans import write_text
 
 RUN_FILE = "run.json"
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Hold the folder of a run until its end; raises ``PlanError`` when another run holds it."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes of one run, the first holds it for all
+        yield
+        return
+    beside = place.with_name(f".{place.name}.lock")
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(beside, timeout=0)
+        lock.acquire()
+    except Timeout as failure:
+        raise PlanError(f"another run is working in {place}: wait for its end, or give another folder") from failure
+    except OSError as failure:
+        raise SaveError(f"{beside} cannot be written: {failure.strerror}") from failure
+    try:
+        yield
+    finally:
+        beside.unlink(missing_ok=True)
+        lock.release()
 
 
 class Work:
