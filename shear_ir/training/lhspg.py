@@ -13,7 +13,7 @@ from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
 from shear_ir.training.saliency import DEFAULT_WEIGHTS, check_weights, saliency
 from shear_ir.training.schedule import Periods
-from shear_ir.training.units import Place, Units, require_no_dropout
+from shear_ir.training.units import Place, Units, along, require_no_dropout
 from shear_passes.analysis.find_groups import Groups
 
 
@@ -171,9 +171,9 @@ class LHSPG(torch.optim.Optimizer):
             if len(at.current):
                 base = at.place.tensor.index_select(at.place.dim, at.current).float()
                 delta = at.place.delta(at.current)
-                squares.index_add_(0, at.unit, _along(base * base, at.place.dim).to(units.device))
+                squares.index_add_(0, at.unit, along(base * base, at.place.dim).to(units.device))
                 if delta is not None:
-                    folded.index_add_(0, at.unit, _along(base * delta, at.place.dim).to(units.device))
+                    folded.index_add_(0, at.unit, along(base * delta, at.place.dim).to(units.device))
         stays = 1.0 - 1.0 / left
         # u = x + D and lam = |x| / left, so <u - lam x/|x|, x> = stays |x|^2 + <D, x>.
         inner = stays * squares + folded
@@ -281,11 +281,6 @@ def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:
             raise PlanError(f"{name} has {group.size} units: a whole number below that can become zero, not {count}")
         found.append(group)
     return found
-
-
-def _along(values: Tensor, dim: int) -> Tensor:
-    others = [d for d in range(values.dim()) if d != dim]
-    return values.sum(dim=others) if others else values
 
 
 def _rank_within(labels: Tensor) -> Tensor:
