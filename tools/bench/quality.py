@@ -283,8 +283,9 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, ratio in zip(figure.subplots(len(ratios), 1, squeeze=False).flat, ratios, strict=True):
         mine = [r for r in rows if r["ratio"] == ratio]
         names = [VARIANTS[r["variant"]] for r in mine]
-        colours = ["#999999" if r["variant"] == "dense" else "#0072b2" if "magnitude" not in VARIANTS[r["variant"]] else "#e69f00"
-                   for r in mine]  # fmt: skip
+        baseline = ["magnitude" in name for name in names]
+        colours = ["#e69f00" if is_one else "#0072b2" for is_one in baseline]
+        colours[0] = "#999999"  # the dense model
         axes.barh(names, [r["nll"] for r in mine], xerr=[r["spread"] for r in mine], color=colours)
         axes.axvline(mine[0]["nll"], color="#666666", linewidth=0.8, linestyle=":")
         axes.invert_yaxis()
