@@ -88,6 +88,13 @@ DeviceOption = Annotated[
     Device | None, typer.Option(help="Where to compute; a GPU where there is one.", show_default=False)
 ]
 
+KeepWorkOption = Annotated[bool, typer.Option("--keep-work", help="Keep that folder at the end.")]
+Bf16Option = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; merges are in float32.")]
+GradientCheckpointingOption = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Keep fewer activations: slower, in less memory.")
+]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the model for training.")]
+
 
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line."""

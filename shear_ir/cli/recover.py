@@ -58,13 +58,11 @@ def recover(
         Path | None,
         typer.Option(metavar="DIR", help="Where the stages keep their state.", show_default="RECOVERED.work"),
     ] = None,
-    keep_work: Annotated[bool, typer.Option("--keep-work", help="Keep that folder at the end.")] = False,
+    keep_work: options.KeepWorkOption = False,
     device: options.DeviceOption = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16; merges are in float32.")] = False,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Keep fewer activations: slower, in less memory.")
-    ] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model for training.")] = False,
+    bf16: options.Bf16Option = False,
+    gradient_checkpointing: options.GradientCheckpointingOption = False,
+    compile: options.CompileOption = False,
     force: options.ForceOption = False,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
