@@ -36,10 +36,11 @@ class Hold(IntEnum):
 
 @dataclass(frozen=True)
 class Freeze:
-    """Why an axis cannot lose indices."""
+    """Why an axis cannot lose indices; ``at``: name of the graph node that froze it, empty where none did."""
 
     reason: str
     hold: Hold = Hold.HARD
+    at: str = ""
 
 
 @dataclass(eq=False)
@@ -159,14 +160,14 @@ def atoms(dim: Dim) -> Iterator[Axis]:
             stack.extend(reversed(node.factors if isinstance(node, Product) else node.parts))
 
 
-def freeze(dim: Dim, reason: str, hold: Hold = Hold.HARD) -> None:
+def freeze(dim: Dim, reason: str, hold: Hold = Hold.HARD, at: str = "") -> None:
     """Freeze every atom of ``dim``; the first reason of the firmest hold is the one that stays."""
     for atom in atoms(dim):
         if atom.freeze is None or atom.freeze.hold < hold:
-            atom.freeze = Freeze(reason, hold)
+            atom.freeze = Freeze(reason, hold, at)
 
 
-def unify(left: Dim, right: Dim, where: str = "") -> bool:
+def unify(left: Dim, right: Dim, where: str = "", at: str = "") -> bool:
     """Equate two dims. False when no common refinement exists: then every atom of both is frozen, saying ``where``."""
     todo = [(left, right)]
     solved = True
@@ -178,8 +179,8 @@ def unify(left: Dim, right: Dim, where: str = "") -> bool:
         if not _step(a, b, todo):
             solved = False
             reason = f"sizes do not align: {show(a)} = {show(b)}" + (f" at {where}" if where else "")
-            freeze(a, reason)
-            freeze(b, reason)
+            freeze(a, reason, at=at)
+            freeze(b, reason, at=at)
     return solved
 
 
@@ -270,7 +271,7 @@ def _show(dim: Dim, name: Callable[[Axis], str], nested: bool) -> str:
 
 def _bind(atom: Axis, to: Dim) -> None:
     if atom.freeze is not None:
-        freeze(to, atom.freeze.reason, atom.freeze.hold)
+        freeze(to, atom.freeze.reason, atom.freeze.hold, atom.freeze.at)
     atom.bound = to
 
 

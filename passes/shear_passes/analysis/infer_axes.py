@@ -43,10 +43,12 @@ class InferAxes(Analysis[Axes]):
 
     def run(self, program: Program, analyses: AnalysisManager) -> Axes:
         """Linear in the number of nodes; independent of widths."""
-        return _Inference(program).run()
+        return Inference(program).run()
 
 
-class _Inference:
+class Inference:
+    """The walk: ``of_node`` has the dims of what was seen so far; ``call`` types one more call."""
+
     def __init__(self, program: Program) -> None:
         self.program = program
         self.of_node: dict[str, Results] = {}
@@ -61,7 +63,7 @@ class _Inference:
             if node.op == "placeholder":
                 self._placeholder(node)
             elif node.op == "call_function":
-                self._call(node)
+                self.call(node)
             elif node.op == "output":
                 self._output(node)
         solved = _Solution()
@@ -82,19 +84,20 @@ class _Inference:
         kind = self.program.type(node)
         dims = tuple(axis(s) for s in kind.shape) if kind else ()
         for place, dim in enumerate(dims):
-            freeze(dim, f"dim {place} of the input {node.name}")
+            freeze(dim, f"dim {place} of the input {node.name}", at=node.name)
         self.of_node[node.name] = [dims]
 
     def _output(self, node: fx.Node) -> None:
         def hold(value: fx.Node) -> fx.Node:
             for dims in self.of_node.get(value.name, []):
                 for place, dim in enumerate(dims):
-                    freeze(dim, f"dim {place} of an output of the model")
+                    freeze(dim, f"dim {place} of an output of the model", at=node.name)
             return value
 
         fx.map_arg(node.args, hold)
 
-    def _call(self, node: fx.Node) -> None:
+    def call(self, node: fx.Node) -> None:
+        """Type one call by its rule, given the dims of what it reads."""
         if getattr(node.target, "__name__", "") == "getitem":
             source, place = node.args
             assert isinstance(source, fx.Node)

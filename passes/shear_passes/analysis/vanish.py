@@ -194,13 +194,14 @@ class _Walk:
         return found
 
     def _check(self, contraction: Contraction) -> None:
-        where = f"%{contraction.node.name} = {op_name(contraction.node)}"
+        at = contraction.node.name
+        where = f"%{at} = {op_name(contraction.node)}"
         for dim in contraction.over:
             for atom in set(atoms(dim)):
                 if not any(atom in self.zero.get(o.node.name, _NOTHING) for o in contraction.operands):
-                    freeze(atom, f"summed over where removed entries need not be zero at {where}")
+                    freeze(atom, f"summed over where removed entries need not be zero at {where}", at=at)
                 elif contraction.mean:
-                    freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM)
+                    freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM, at)
 
     def _check_poles(self, node: fx.Node) -> None:
         """A removed entry that is zero may not be divided by: no factor of zero makes infinity zero again."""
@@ -211,7 +212,7 @@ class _Walk:
             ):
                 continue
             for atom in self.zero.get(operand.name, _NOTHING):
-                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}")
+                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
 
 
 def _base_name(node: fx.Node) -> str:

@@ -93,12 +93,12 @@ class Site:
 
     def equate(self, left: Dim, right: Dim) -> None:
         """The two dims have the same indices; where that has no solution both freeze."""
-        unify(left, right, self.where)
+        unify(left, right, self.where, self.node.name)
 
     def freeze(self, dims: Iterable[Dim], reason: str, hold: Hold = Hold.HARD) -> None:
         """No index of these dims can be removed, because of this call."""
         for dim in dims:
-            freeze(dim, f"{reason} at {self.where}", hold)
+            freeze(dim, f"{reason} at {self.where}", hold, self.node.name)
 
     def barrier(self, reason: str) -> Results:
         """The call is not understood: everything it reads and makes is frozen."""
