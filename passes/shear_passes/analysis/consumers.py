@@ -1,0 +1,224 @@
+"""Who reads a unit: every product that sums a parameter with a value over a dim, found from the graph by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from shear_ir.axes import Axis, Dim, atoms
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.program import Param, Program, module_path
+from shear_passes.analysis.find_groups import Group
+from shear_passes.analysis.infer_axes import Axes, InferAxes
+from shear_passes.rules.registry import Vanish, op_name, wrap
+
+Key = tuple[str, int]
+"""A parameter and the dim of it that is summed over."""
+
+_Places = list[int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A parameter that is multiplied with a value and summed over its ``dim``.
+
+    ``features``: the expression of the dim of the value that is summed over, which for a convolution in groups is
+    that of all of its channels; ``axes``: the atoms that the sum runs over. ``sources``: names of the values that are
+    read; ``feature``: the place of their features, counted from the back. ``groups``: those of a convolution.
+    ``modules``: paths of the modules that own the parameter and take a source as their input; None where some read
+    is not of that form.
+    """
+
+    parameter: str
+    dim: int
+    features: Dim
+    axes: frozenset[Axis]
+    sources: frozenset[str]
+    feature: int
+    groups: int = 1
+    modules: frozenset[str] | None = frozenset()
+
+    @property
+    def key(self) -> Key:
+        """What tells consumers apart."""
+        return self.parameter, self.dim
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as ``(rows, features)``: a row for every output, kernel position and expert."""
+        if self.groups == 1:
+            return weight.movedim(self.dim, -1).reshape(-1, weight.shape[self.dim])
+        # (g·o, i, k) of a grouped convolution reads channel g·i: columns (g, i), rows (o, k).
+        split = weight.reshape(self.groups, -1, weight.shape[1], weight[0, 0].numel())
+        return split.permute(1, 3, 0, 2).reshape(-1, self.groups * weight.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Consumers:
+    """Every consumer by parameter and dim, in graph order."""
+
+    all: Mapping[Key, Consumer]
+
+    def __iter__(self) -> Iterator[Consumer]:
+        return iter(self.all.values())
+
+    def of(self, group: Group) -> tuple[Consumer, ...]:
+        """The consumers that sum over the axis of ``group``; none where nothing that is understood reads it."""
+        return tuple(c for c in self if group.axis in c.axes)
+
+
+@dataclass(frozen=True)
+class FindConsumers(Analysis[Consumers]):
+    """One walk over the contractions: which operand is a parameter, and which the value it reads."""
+
+    requires = (InferAxes,)
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Consumers:
+        """Linear in the number of contractions."""
+        axes = analyses.get(InferAxes())
+        found: dict[Key, Consumer] = {}
+        for read in _reads(program, axes):
+            known = found.get(read.key)
+            found[read.key] = read if known is None else _joined(known, read)
+        return Consumers(found)
+
+
+def _joined(a: Consumer, b: Consumer) -> Consumer:
+    """The same parameter read twice, as by layers that share it."""
+    modules = None if a.modules is None or b.modules is None else a.modules | b.modules
+    return replace(a, axes=a.axes | b.axes, sources=a.sources | b.sources, modules=modules)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Which argument of an operator is which: places of value and weight, their dims that are summed over."""
+
+    value: int
+    weight: int
+    feature: int
+    dim: int
+    groups: int = 1
+
+
+def _reads(program: Program, axes: Axes) -> Iterator[Consumer]:
+    for node in dict.fromkeys(made.node for made in axes.contractions):
+        for form in _forms(axes, node):
+            value, weight = node.args[form.value], node.args[form.weight]
+            if not isinstance(value, fx.Node) or not isinstance(weight, fx.Node):
+                continue
+            origin = _origin(axes, weight, form.dim)
+            if origin is None or _owner(program, axes, value):
+                continue
+            param, dim = origin
+            source, inside = _source(program, axes, value, module_path(node), form.feature)
+            summed = [c.over for c in axes.contractions if c.node is node and not c.inner and not c.mixed]
+            over = frozenset(a for dims in summed for d in dims for a in atoms(d))
+            features = axes.dims(value)[form.feature]
+            mine = over & frozenset(atoms(axes.of_param[param.name][dim]))
+            paths = None if inside else _paths(param, module_path(node))
+            yield Consumer(param.name, dim, features, mine, frozenset({source}), form.feature, form.groups, paths)
+
+
+def _forms(axes: Axes, node: fx.Node) -> list[_Product]:
+    """The ways in which a call can be a weight times a value; one of its operands turns out to be the weight."""
+    name = op_name(node).removeprefix("aten.")
+    if name in ("linear", "lora.linear"):
+        turned = bool(node.kwargs.get("transposed"))
+        return [_Product(0, 1, -1, -2 if turned else -1)]
+    if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):
+        a, b = (1, 2) if "add" in name else (0, 1)
+        return [_Product(a, b, -1, -2), _Product(b, a, -2, -1)] if _matrices(axes, node, a, b) else []
+    if name in ("_grouped_mm", "transformers.grouped_mm_fallback"):
+        return [_Product(0, 1, -1, -2)]
+    return _convolution(axes, node, name)
+
+
+def _matrices(axes: Axes, node: fx.Node, *places: int) -> bool:
+    return all(isinstance(o := node.args[p], fx.Node) and len(axes.dims(o)) > 1 for p in places)
+
+
+def _convolution(axes: Axes, node: fx.Node, name: str) -> list[_Product]:
+    if not name.startswith(("conv", "lora.conv")) or not isinstance(weight := node.args[1], fx.Node):
+        return []
+    general = name == "convolution"
+    turned = name.startswith("conv_transpose") or (general and bool(node.args[6]))
+    place = 8 if general else 6
+    groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
+    rank = len(axes.dims(weight))
+    if not isinstance(groups, int) or rank < 3:
+        return []
+    # A transposed convolution stores the channels it reads whole, in groups or not.
+    return [_Product(0, 1, 1 - rank, 0 if turned else 1, 1 if turned else groups)]
+
+
+def _origin(axes: Axes, node: fx.Node, dim: int) -> tuple[Param, int] | None:
+    """The parameter that ``node`` is a view or a choice of experts of, and the dim there that is ``dim`` here."""
+    dim = wrap(dim, len(axes.dims(node)))
+    while axes.program.param(node) is None:
+        source = node.args[0] if node.args else None
+        back = _moved(axes, node, source, dim) if isinstance(source, fx.Node) else None
+        if back is None:
+            return None
+        assert isinstance(source, fx.Node)
+        node, dim = source, back
+    param = axes.program.param(node)
+    return (param, dim) if param is not None and param.kind == "parameter" else None
+
+
+_SAME = {"aten.alias", "aten.detach", "aten.contiguous", "aten.clone", "aten.to.dtype", "aten._to_copy", "lora.experts"}
+
+
+def _moved(axes: Axes, node: fx.Node, source: fx.Node, dim: int) -> int | None:
+    """The dim of ``source`` that is the dim ``dim`` of ``node``; None where that is not plain."""
+    name, rank, before = op_name(node), len(axes.dims(node)), len(axes.dims(source))
+    if name in _SAME:
+        return dim
+    if name in ("aten.t", "aten.numpy_T", "aten.transpose.int", "aten.permute"):
+        return _order(node, name, rank)[dim]
+    if name in ("aten.index.Tensor", "aten.index_select", "aten.select.int", "aten.expand", "aten.unsqueeze"):
+        # What is chosen or repeated stands before the matrix, whose dims stay the last two.
+        place = before - (rank - dim)
+        same = place >= max(0, before - 2) and dim >= rank - 2
+        return place if same and axes.dims(source)[place] == axes.dims(node)[dim] else None
+    return None
+
+
+def _order(node: fx.Node, name: str, rank: int) -> list[int]:
+    order = list(range(rank))
+    if name == "aten.permute":
+        wanted: Any = node.args[1]
+        return [wrap(d, rank) for d in wanted]
+    if name == "aten.transpose.int":
+        a, b = (wrap(int(str(d)), rank) for d in node.args[1:3])
+        order[a], order[b] = order[b], order[a]
+        return order
+    return order[::-1]
+
+
+def _owner(program: Program, axes: Axes, node: fx.Node) -> bool:
+    """Whether a value is made of parameters alone."""
+    while axes.vanish.get(node.name) is Vanish.MOVED and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return program.param(node) is not None
+
+
+def _source(program: Program, axes: Axes, value: fx.Node, path: str, feature: int) -> tuple[str, bool]:
+    """The value that comes into the module ``path`` and is read there, and whether it is made inside instead."""
+    node = value
+    while node.op == "call_function" and module_path(node) == path:
+        source = node.args[0] if node.args else None
+        moved = axes.vanish.get(node.name) is Vanish.MOVED and isinstance(source, fx.Node)
+        if not moved or axes.dims(source)[feature] != axes.dims(node)[feature]:  # type: ignore[arg-type]
+            return value.name, True
+        assert isinstance(source, fx.Node)
+        node = source
+    return node.name, not path
+
+
+def _paths(param: Param, path: str) -> frozenset[str] | None:
+    """The module ``path``, if it owns the parameter by any of its names, or is an adapter's layer around the owner."""
+    owners = {name.rpartition(".")[0] for name in (param.name, *param.aliases)}
+    mine = {owner for owner in owners if owner == path or owner == f"{path}.base_layer"}
+    return frozenset(mine) or None

@@ -1,0 +1,240 @@
+"""Calibration: one pass of a model over batches of data, watched by any number of observers at once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shear_ir.errors import PlanError
+from shear_ir.frontend.inputs import Inputs, device_of
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.program import Program
+
+Loss = Callable[[Any, Inputs], Tensor]
+"""The loss of one batch, given what the model returned and what it was fed: a scalar, the mean over what counts."""
+
+Progress = Callable[[int, int | None], None]
+"""Called with the number of batches done, and how many there are where that is known."""
+
+
+class Observer:
+    """Watches a calibration: hooks that are on during each batch, and a look at the loss after it.
+
+    ``needs_loss`` and ``backward``: what must be computed. ``row_by_row``: batches come as single rows.
+    """
+
+    needs_loss = False
+    backward = False
+    row_by_row = False
+
+    def attach(self, calibration: Calibration) -> AbstractContextManager[Any]:
+        """Hooks that watch; they come off at the end."""
+        return nullcontext()
+
+    def after(self, step: Step) -> None:
+        """Called after each batch, with gradients in ``.grad`` where any observer asked for them."""
+
+    def finish(self) -> Any:
+        """The result, once all batches were seen."""
+
+
+@dataclass(eq=False)
+class Calibration:
+    """A model and the data that it is watched on.
+
+    ``batches``: mappings of forward arguments, or tensors for the first one; an iterator can be read once.
+    ``loss``: of one batch; when None, the model's own: ``outputs.loss``, a scalar output, or for a causal language
+    model the loss of the next token. ``mask`` is that of the batch at hand: 2-D, which tokens are no padding.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    loss: Loss | None = None
+    progress: Progress | None = None
+    watching: bool = field(default=True, init=False)
+    masks: tuple[Tensor, ...] = field(default=(), init=False)
+    rows: int = field(default=0, init=False)
+
+    def run(self, observers: Sequence[Observer]) -> None:
+        """One pass over the batches with all of ``observers`` at once; nothing of a batch outlives it.
+
+        Weights, modes, gradients and cache settings are as before when it returns. Raises ``PlanError`` when there is
+        no batch, or no loss where one is needed.
+        """
+        total = len(self.batches) if isinstance(self.batches, Sized) else None
+        seen = 0
+        with _as_it_was(self.model), ExitStack() as hooks:
+            for observer in observers:
+                hooks.enter_context(observer.attach(self))
+            for number, batch in enumerate(self.batches, start=1):
+                for feed in self._feeds(batch, any(o.row_by_row for o in observers)):
+                    self._step(feed, observers)
+                    seen += 1
+                if self.progress is not None:
+                    self.progress(number, total)
+        if not seen:
+            raise PlanError("the calibration data has no batch; an iterator can be read only once: give a list")
+
+    def _feeds(self, batch: Any, row_by_row: bool) -> Iterator[Inputs]:
+        feed = as_feed(self.model, batch)
+        rows = min(len(t) for t in feed.values() if t.dim())
+        for start in range(rows) if row_by_row else [None]:
+            yield feed if start is None else {n: t[start : start + 1] if t.dim() else t for n, t in feed.items()}
+
+    def _step(self, feed: Inputs, observers: Sequence[Observer]) -> None:
+        backward = any(o.backward for o in observers)
+        self.masks = _masks(self.model, feed)
+        self.rows = min(len(t) for t in feed.values() if t.dim())
+        step = Step(self, feed)
+        with torch.set_grad_enabled(backward):
+            if backward or any(o.needs_loss for o in observers):
+                step.loss = loss_of(self.model, feed, self.loss)
+            else:
+                call(self.model, feed)
+            if backward:
+                assert step.loss is not None
+                step.loss.backward()  # type: ignore[no-untyped-call]
+                step.loss = step.loss.detach()
+        for observer in observers:
+            observer.after(step)
+
+
+@dataclass(eq=False)
+class Step:
+    """One batch while its observers look at it: what was fed and what it lost."""
+
+    calibration: Calibration
+    feed: Inputs
+    loss: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch."""
+        return self.calibration.rows
+
+    def again(self) -> float:
+        """The loss of the same batch by a forward pass that nobody watches, without gradients."""
+        made = self.calibration
+        made.watching = False
+        try:
+            with torch.no_grad():
+                return float(loss_of(made.model, self.feed, made.loss))
+        finally:
+            made.watching = True
+
+
+@dataclass(frozen=True)
+class Data(Analysis[Calibration]):
+    """The calibration that criteria read. It is handed in: ``manager.put(Data(), Calibration(model, batches))``."""
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Calibration:
+        """Raises ``PlanError``: nobody handed any data in."""
+        raise PlanError("this criterion looks at data: pass data=batches (--data FILE), or importance='magnitude'")
+
+
+def as_feed(model: nn.Module, batch: Any) -> Inputs:
+    """``batch`` as forward arguments by name, on the device of the model's first parameter."""
+    if isinstance(batch, Mapping):
+        feed = {str(k): v for k, v in batch.items() if isinstance(v, Tensor)}
+    else:
+        values = [batch] if isinstance(batch, Tensor) else list(batch)
+        names = _arguments(model)
+        main = getattr(model, "main_input_name", None)
+        names = [main, *(n for n in names if n != main)] if main in names else names
+        feed = dict(zip(names, values, strict=False))
+    if not any(isinstance(t, Tensor) and t.dim() for t in feed.values()):
+        raise PlanError(f"a batch of the calibration data is a {type(batch).__name__} without any tensor in it")
+    device = _device(model)
+    return {name: tensor.to(device) for name, tensor in feed.items()}
+
+
+def call(model: nn.Module, feed: Inputs) -> Any:
+    """The outputs of ``model``; labels that it does not take are left out."""
+    names = _arguments(model)
+    return model(**{name: tensor for name, tensor in feed.items() if name != "labels" or "labels" in names})
+
+
+def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:
+    """The mean loss of one batch, a scalar; raises ``PlanError`` when the model does not say what it loses."""
+    if loss is None and "labels" not in feed and _is_causal(model) and "input_ids" in feed:
+        labels = feed["input_ids"]
+        mask = feed.get("attention_mask")
+        feed = {**feed, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
+    outputs = call(model, feed)
+    made = loss(outputs, feed) if loss is not None else _own_loss(outputs)
+    if not isinstance(made, Tensor) or made.numel() != 1:
+        raise PlanError(
+            f"this criterion needs a loss, and {type(model).__name__} gives none: put labels into the batches, or pass "
+            "a function of outputs and batch"
+        )
+    return made.reshape(())
+
+
+def _own_loss(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    can_generate = getattr(model, "can_generate", None)
+    if getattr(config, "is_encoder_decoder", False) or not callable(can_generate):
+        return False
+    return bool(can_generate()) and "labels" in _arguments(model)
+
+
+def _arguments(model: nn.Module) -> list[str]:
+    """Names of the arguments of forward; those of its base for a model with adapters."""
+    base = getattr(model, "get_base_model", None)
+    return list(inspect.signature((base() if callable(base) else model).forward).parameters)
+
+
+def _masks(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    """Which tokens are no padding: one mask of shape ``(rows, length)`` for every sequence that has padding."""
+    masks = [t for n, t in feed.items() if n.endswith("attention_mask") and t.dim() == 2]
+    found = tuple(m.bool() for m in masks if not bool(m.all()))
+    if found and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise PlanError("padded batches of an encoder with a decoder cannot be told apart: give rows without padding")
+    return found
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without a cache; modes, gradients and what asks for gradients come back."""
+    training = [module for module in model.modules() if module.training]
+    grads = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    config: Any = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    model.eval()
+    if cached:
+        config.use_cache = False
+    for parameter in grads:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        if cached:
+            config.use_cache = cached
+        for module in training:
+            module.training = True
+        for parameter, (wanted, grad) in grads.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = grad
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the inputs go: to the embedding, for a model may lie on several devices."""
+    find = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = find() if callable(find) else None
+    except NotImplementedError:
+        embedding = None
+    found = device_of(embedding) if isinstance(embedding, nn.Module) and list(embedding.parameters()) else None
+    return device_of(model) if found is None or found.type == "meta" else found

@@ -1,0 +1,48 @@
+"""Watching products as they run: for weights that no module of their own multiplies, such as stacked experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shear_passes.analysis.consumers import Key
+
+_PLACES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback"), (0, 1)),
+    **dict.fromkeys(("aten::addmm", "aten::baddbmm"), (1, 2)),
+}
+"""The products that every linear map comes down to, with the places of their two matrices."""
+
+
+class ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class has no types
+    """Calls ``see(key, x)`` with the other operand, features last, whenever a product reads a view of a parameter.
+
+    A parameter is known by its memory and its dim by its stride, so any view of it counts, and a copy does not.
+    """
+
+    def __init__(self, owners: Mapping[Key, nn.Parameter], see: Callable[[Key, Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.see = see
+        self.by_memory: dict[int, list[tuple[Key, int, int]]] = {}
+        for key, tensor in owners.items():
+            place = (key, tensor.stride(key[1]), tensor.shape[key[1]])
+            self.by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(place)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the call as it is, and looks at its operands when it is a product."""
+        places = _PLACES.get(func.name())
+        if places is not None:
+            left, right = (args[p] for p in places)
+            self._look(left, right, -2)
+            self._look(right.transpose(-1, -2), left, -1)
+        return func(*args, **(kwargs or {}))
+
+    def _look(self, x: Tensor, weight: Tensor, summed: int) -> None:
+        for key, stride, size in self.by_memory.get(weight.untyped_storage().data_ptr(), ()):
+            if weight.stride(summed) == stride and x.shape[-1] == size:
+                self.see(key, x)
