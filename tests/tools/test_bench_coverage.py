@@ -1,0 +1,74 @@
+"""The bench of architectures: its counts and its page from fixed answers, and the road of two types themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.golden import expect_file
+from tools.bench import coverage, coverage_one, tiny_config
+
+SOUND: dict[str, Any] = {
+    "built": True, "traced": True, "export_s": 2.0, "trace_s": 2.2, "groups_s": 0.1, "ratio": 1.15, "attention": True,
+    "groups": {"ffn": [2, 2], "kv_head": [2, 3], "vocab": [0, 1]}, "sheared": {"ffn": "sound", "heads": "sound"},
+    "module": "sound", "graph": "sound", "reloaded": True, "stock": True, "seconds": 9.0, "done": True,
+}  # fmt: skip
+ANSWERS: list[dict[str, Any]] = [
+    {"name": "causal/llama", "class": "LlamaForCausalLM", **SOUND},
+    {"name": "causal/shy", "class": "Shy", **SOUND, "sheared": {"ffn": "sound"}, "ratio": 1.05, "stock": False,
+     "frozen": {"heads": [["softmax runs over the axis", 2]]}},
+    {"name": "masked/wrong", "class": "Wrong", **SOUND, "sheared": {"ffn": "unsound", "heads": "sound"}, "stock": False,
+     "each": {"ffn": {"module": "unsound", "module_diff": 0.25}}},
+    {"name": "image/conv", "class": "Conv", **SOUND, "attention": False, "sheared": {"ffn": "sound"}, "stock": False},
+    {"name": "image/branches", "class": "Branches", "built": True, "seconds": 3.0,
+     "failure": {"stage": "trace", "cause": "TraceError: branches on data"}},
+    {"name": "image/huge", "seconds": 1.0, "failure": {"stage": "build", "cause": "no size | of it is small"}},
+]  # fmt: skip
+
+
+def test_the_page() -> None:
+    expect_file(coverage.markdown(ANSWERS, {"torch": "2.13"}), "coverage.md")
+
+
+def test_a_share_is_of_those_that_got_so_far() -> None:
+    counts = coverage.summary(ANSWERS)
+    assert (counts["architectures"], counts["built"], counts["traced"]) == (6, 5, 4)
+    assert counts["sheared soundly in ffn and heads"] == 2
+    assert counts["unsound"] == ["masked/wrong"]
+    assert counts["analysis over export"] == pytest.approx(1.15)
+
+
+def test_answers_of_other_versions_are_measured_anew(tmp_path: Any) -> None:
+    store = coverage.Store(tmp_path)
+    store.put(ANSWERS[0])
+    assert store.get("causal/llama") == ANSWERS[0]
+    store.versions = {"torch": "1.0"}
+    assert store.get("causal/llama") is None
+
+
+def test_a_tiny_config_keeps_a_layer_of_each_kind() -> None:
+    base = transformers.Qwen3NextConfig()
+    values = next(tiny_config.proposals(tiny_config.knobs_of(base)))
+    small = transformers.Qwen3NextConfig(**tiny_config.arguments(values, {}))
+    assert len(small.layer_types) == small.num_hidden_layers == 2
+    assert set(small.layer_types) == set(base.layer_types)
+    assert small.hidden_size < 64
+
+
+def road(name: str) -> dict[str, Any]:
+    return list(coverage_one.Road(name).stages())[-1]
+
+
+def test_bert_goes_the_whole_road() -> None:
+    answer = road("masked/bert")
+    assert answer["sheared"] == {"ffn": "sound", "heads": "sound"}
+    assert coverage.whole_road(answer)
+    assert answer["reloaded"]
+
+
+def test_a_type_that_no_config_builds_says_why() -> None:
+    answer = road("causal/gemma4_assistant")
+    assert answer["failure"]["stage"] == "build"
+    assert "hidden_size" in answer["failure"]["cause"]
