@@ -61,6 +61,16 @@ class Knowledge:
         """Names of the groups that are to be left whole."""
         return tuple(g.group for g in self.groups if g.frozen)
 
+    @property
+    def curves(self) -> dict[str, dict[float, float]]:
+        """Group name to the deviation at each share of its units, in nats per token."""
+        return {g.group: dict(zip(self.ratios, g.deviations, strict=True)) for g in self.groups}
+
+    def require(self, digest: str) -> None:
+        """Raise ``PlanError`` unless it was measured on a model of this shape digest."""
+        if digest != self.digest:
+            raise PlanError(f"the knowledge was measured on another model: its digest is {self.digest}, not {digest}")
+
     def ranked(self) -> list[Sensitivity]:
         """The most sensitive first; ties in graph order."""
         return sorted(self.groups, key=lambda g: -g.mean)
@@ -120,17 +130,17 @@ def measure_knowledge(
     for ratio in ratios:
         if not 0.0 < ratio < 1.0:
             raise PlanError(f"a ratio is a share of a group between 0 and 1, not {ratio}")
-    candidates = [g for g in groups if g.prunable and g.kind in kinds and g.size > 1]
-    if not candidates:
+    tried = candidates(groups, kinds)
+    if not tried:
         raise PlanError(f"the model has no prunable group of the kinds {', '.join(kinds)}")
     digest = groups.program.digest
     known = _resumed(resume, digest, tuple(ratios))
-    total = 1 + len(candidates) * len(ratios)
+    total = 1 + len(tried) * len(ratios)
     full = known.loss if known else loss(model)
     if not math.isfinite(full):
         raise PlanError(f"the loss of the whole model is {full}: its deviations would say nothing")
     done = {g.group: g for g in known.groups} if known else {}
-    for number, group in enumerate(candidates):
+    for number, group in enumerate(tried):
         if progress is not None:
             progress(1 + number * len(ratios), total)
         if group.name not in done:
@@ -139,7 +149,17 @@ def measure_knowledge(
                 Knowledge(digest, full, tuple(ratios), 0.0, tuple(done.values())).save(resume)
     if progress is not None:
         progress(total, total)
-    return _frozen(digest, full, tuple(ratios), share, tuple(done[g.name] for g in candidates))
+    return _frozen(digest, full, tuple(ratios), share, tuple(done[g.name] for g in tried))
+
+
+def candidates(groups: Groups, kinds: Sequence[str] = KINDS) -> list[Group]:
+    """The groups whose knowledge is measured, in graph order."""
+    return [g for g in groups if g.prunable and g.kind in kinds and g.size > 1]
+
+
+def frozen_count(share: float, measured: int) -> int:
+    """Of so many measured groups, how many stay whole."""
+    return round(share * measured)
 
 
 def _measure(
@@ -162,7 +182,7 @@ def _frozen(
 ) -> Knowledge:
     if not 0.0 <= share <= 1.0:
         raise PlanError(f"the share of groups to freeze is between 0 and 1, not {share}")
-    worst = sorted(range(len(groups)), key=lambda i: -groups[i].mean)[: round(share * len(groups))]
+    worst = sorted(range(len(groups)), key=lambda i: -groups[i].mean)[: frozen_count(share, len(groups))]
     marked = tuple(
         Sensitivity(g.group, g.kind, g.module, g.size, g.deviations, i in worst) for i, g in enumerate(groups)
     )

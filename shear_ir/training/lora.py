@@ -25,13 +25,14 @@ def attach(model: nn.Module, *, rank: int, alpha: float, dropout: float, seed: i
     """``model`` with fresh adapters on all linear projections but the output head; the base is frozen.
 
     What is linear is known by its class, not by its name. Raises ``PlanError`` where nothing is, and for a model that
-    has adapters already.
+    has adapters already, or none that needs so high a rank.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise PlanError("this model has adapters already: merge them before it is recovered")
     targets = linear_names(model)
     if not targets:
         raise PlanError("this model has no linear projection, so there is nothing to put an adapter on")
+    require_rank(model, rank, "the rank of the adapters")
     # PEFT takes any number, whatever its annotation says.
     scale: Any = alpha
     config = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=targets)
@@ -41,6 +42,14 @@ def attach(model: nn.Module, *, rank: int, alpha: float, dropout: float, seed: i
     # A name would have PEFT ask the hub about the base model at every checkpoint.
     made.peft_config[_NAME].base_model_name_or_path = None
     return made  # type: ignore[no-any-return]
+
+
+def require_rank(model: nn.Module, rank: int, what: str) -> None:
+    """Raise ``PlanError`` for a ``rank``, called ``what``, that no product of two matrices on ``model`` can have."""
+    weights = (model.get_parameter(f"{name}.weight") for name in linear_names(model))
+    highest = max((min(weight.shape) for weight in weights), default=rank)
+    if rank > highest:
+        raise PlanError(f"{what} is {rank}, and no projection of the model has more than {highest}: give a lower rank")
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from shear_ir.plans import write_text
 from shear_ir.training.data import DataConfig, Progress, prepare
 from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
-from shear_ir.training.recovery import Recovered, recover
-from shear_ir.training.rounds import arguments, on_cpu
+from shear_ir.training.rounds import on_cpu
 from shear_ir.training.settings import Recovery
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
+from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
 
 REPORT = "recovery.json"
@@ -93,16 +92,12 @@ def recover_stages(
         sheared = measured("sheared", lambda: model)
         known = measured("dense", dense) if callable(dense) else _given(dense, sheared)
         losses: dict[str, Losses] = {"dense": known, "sheared": sheared}
-        stages: list[Recovered] = []
-        for number, stage in enumerate(data.road):
-            done = recover(
-                model, {n: sources[n] for n in stage.sources}, {n: loss.nll for n, loss in known.items()},
-                settings[stage.name], kept.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=progress,
-            )  # fmt: skip
-            stages.append(done)
-            model = done.model
-            losses[stage.name] = measured(f"{number}-{stage.name}", partial(getattr, done, "model"))
-        result = Result(Saved(out, False), losses, tuple(each.to_json() for each in stages))
+
+        def note(number: int, name: str, recovered: nn.Module) -> None:
+            losses[name] = measured(f"{number}-{name}", lambda: recovered)
+
+        model, stages = run_stages(model, data, sources, known, settings, kept, note, progress)
+        result = Result(Saved(out, False), losses, tuple(stages))
 
         def tell(saved: Saved, folder: Path) -> None:
             write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
@@ -133,14 +128,9 @@ def _settings(
         raise PlanError("this model has adapters already: merge them before it is recovered")
     if getattr(model, RECORD, None) is None:
         raise PlanError("this model has not been sheared: recover takes what prune or shear_ir.save wrote")
-    names = [stage.name for stage in data.road]
-    unknown = [name for name in recipe.stages if name not in names]
-    if unknown:
-        raise PlanError(f"the recipe has a stage {unknown[0]}; the stages of the data are {', '.join(names)}")
-    made = {name: replace(recipe.stage(name), merge=not keep_adapters or name != names[-1]) for name in names}
-    for settings in made.values():
-        arguments(settings, place)
-    return made
+    made = stage_settings(data, recipe, place)
+    last = [*made][-1]
+    return {name: replace(each, merge=not keep_adapters or name != last) for name, each in made.items()}
 
 
 def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:

@@ -16,18 +16,20 @@ from shear_backends.folder import refuse_existing
 from shear_backends.store import Saved
 from shear_ir import pipeline
 from shear_ir.errors import PlanError
+from shear_ir.frontend.base import has_adapters
 from shear_ir.plans import Plan
 from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
 from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
-from shear_ir.training.knowledge import Knowledge, measure_knowledge
+from shear_ir.training.knowledge import Knowledge, candidates, frozen_count, measure_knowledge
+from shear_ir.training.lora import require_rank
 from shear_ir.training.pruning import prune
-from shear_ir.training.recovery import recover
 from shear_ir.training.rounds import arguments, on_cpu
 from shear_ir.workflow.measure import compare_speed, sample
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.report import write_report
+from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.select.build import build_plan
@@ -106,17 +108,10 @@ class _Run:
         knowledge = self._knowledge()
         small, plan, pruned = self._pruned(knowledge)
         self._note("pruned", small)
-        stages = []
-        for number, stage in enumerate(self.data.road):
-            settings = self.recipe.stage(stage.name)
-            rows = {name: self.sources[name] for name in stage.sources}
-            found = recover(
-                small, rows, {n: loss.nll for n, loss in self.losses["dense"].items()}, settings,
-                self.work.path(f"recovery-{number}-{stage.name}"), stage=stage.name, progress=self.progress,
-            )  # fmt: skip
-            small = found.model
-            stages.append(found.to_json())
-            self._note(stage.name, small)
+        small, stages = run_stages(
+            small, self.data, self.sources, self.losses["dense"], self.settings, self.work,
+            lambda _, name, model: self._note(name, model), self.progress,
+        )  # fmt: skip
         report = {
             "command": command, "choice": asdict(self.choice), "recipe": self.recipe.to_json(),
             "data": self.data.model_dump(mode="json"), "plan": plan, "knowledge": knowledge, "pruning": pruned,
@@ -128,14 +123,17 @@ class _Run:
         """Refuse what no stage could do, before any of them begins."""
         # The first to ask says where processes meet: on a CPU they need another backend.
         self.state = PartialState(cpu=on_cpu(self.recipe.pruning.device))
-        names = [stage.name for stage in self.data.road]
-        unknown = [name for name in self.recipe.stages if name not in names]
-        if unknown:
-            raise PlanError(f"the recipe has a stage {unknown[0]}; the stages of the data are {', '.join(names)}")
-        for settings in (self.recipe.pruning.training(), *map(self.recipe.stage, names)):
-            arguments(settings, self.place)
+        self.settings = stage_settings(self.data, self.recipe, self.place)
+        arguments(self.recipe.pruning.training(), self.place)
+        if not has_adapters(self.model):  # those of the user's own are pruned with as they are
+            require_rank(self.model, self.recipe.pruning.rank, "pruning.rank")
+        for name, each in self.settings.items():
+            require_rank(self.model, each.rank, f"the rank of the stage {name}")
         self.groups = pipeline.groups(pipeline.trace(self.model))
         self._target(())
+        names = [group.name for group in candidates(self.groups, self.choice.kinds)]
+        if frozen_count(self.recipe.knowledge.freeze, len(names)) == len(names):
+            self._target(tuple(names))
 
     def _note(self, name: str, model: nn.Module) -> None:
         """Measure a model on every source, and let it write; once, for the numbers are kept."""
@@ -181,12 +179,20 @@ class _Run:
         return Knowledge.load(path)
 
     def _target(self, frozen: tuple[str, ...]) -> Plan:
-        """How many units of each group go; training decides which."""
+        """How many units of each group go; training decides which. Without frozen groups the choice is possible."""
         chosen = self.choice
-        return pipeline.plan(
-            self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds, only=chosen.only,
-            skip=chosen.skip, frozen=frozen, uniform=not self.recipe.pruning.compete,
-        )  # fmt: skip
+        try:
+            return pipeline.plan(
+                self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
+                only=chosen.only, skip=chosen.skip, frozen=frozen, uniform=not self.recipe.pruning.compete,
+            )  # fmt: skip
+        except PlanError as failure:
+            if not frozen:
+                raise
+            raise PlanError(
+                f"knowledge.freeze {self.recipe.knowledge.freeze:g} leaves {len(frozen)} groups whole, and then "
+                f"{failure}: lower knowledge.freeze (0 is --stock), or the ratio"
+            ) from failure
 
     def _pruned(self, knowledge: Knowledge) -> tuple[nn.Module, Plan, dict[str, Any]]:
         """The sheared model as it was saved: a run that is gone on with is no other than one that was not stopped."""

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from shear_ir.cli import Interrupted
 from shear_ir.training.knowledge import Knowledge
-from shear_ir.workflow import measure
-from shear_ir.workflow import run as module
+from shear_ir.workflow import measure, stages
 from shear_ir.workflow.recipe import load_recipe
 from tests.cli.conftest import Shear
 from tests.workflow.tiny import write_data, write_model, write_recipe
@@ -184,7 +183,7 @@ def test_an_interrupt_leaves_the_work_and_the_same_command_goes_on(
         raise Interrupted(2)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "recover", interrupted)
+        patched.setattr(stages, "recover", interrupted)
         ran = lorashear(shear, place, tmp_path / "out", "--stock")
     assert (ran.code, ran.out, ran.err) == (130, "", "interrupted\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]

@@ -198,6 +198,13 @@ def test_the_work_of_another_run_is_refused(
          "a batch of 4 rows cannot be split into steps of 3 rows on 1 process"),
         ({"recipe": replace(RECIPE, pruning=replace(RECIPE.pruning, micro_batch=3))},
          "a batch of 4 rows cannot be split into steps of 3 rows on 1 process"),
+        ({"recipe": replace(RECIPE, pruning=replace(RECIPE.pruning, rank=10**9))},
+         r"^pruning\.rank is 1000000000, and no projection of the model has more than 32: give a lower rank$"),
+        ({"recipe": replace(RECIPE, stages={"tuning": {"rank": 33}})},
+         "^the rank of the stage tuning is 33, and no projection of the model has more than 32"),
+        ({"recipe": freezing(1.0)},
+         r"^knowledge\.freeze 1 leaves 4 groups whole, and then the largest ratio that can be reached is 0, since every "
+         r"group that could lose units is frozen: lower knowledge\.freeze \(0 is --stock\), or the ratio$"),
     ],
 )  # fmt: skip
 def test_what_no_stage_can_do_is_refused_before_the_first(
@@ -206,6 +213,18 @@ def test_what_no_stage_can_do_is_refused_before_the_first(
     with pytest.raises(PlanError, match=said):
         run(tmp_path / "out", data, **change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ratio_that_the_groups_left_cannot_reach_is_refused_before_training(tmp_path: Path, data: Path) -> None:
+    said = (
+        r"^knowledge\.freeze 0\.75 leaves 3 groups whole, and then a ratio of 0\.3 cannot be reached: .* at most "
+        r"0\.\d+ of the parameters can go: lower knowledge\.freeze \(0 is --stock\), or the ratio$"
+    )
+    with pytest.raises(PlanError, match=said):
+        run(tmp_path / "out", data, recipe=freezing(0.75))
+    assert sorted(path.name for path in (tmp_path / "out.work").iterdir()) == [
+        "knowledge.json", "losses-dense.json", "run.json"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("work", ["out", "out/work", ".", "mine"])

@@ -101,12 +101,15 @@ def choose(
         if of_kind and not able and lifted:
             raise PlanError(f"{kind} cannot be cut: {of_kind[0].reason}")
         chosen += [g for g in able if g.size > 1 and g.name not in frozen and _inside(groups, g, only, skip)]
+    if not chosen and frozen:
+        choose(groups, only, skip, kinds)
+        raise PlanError("the largest ratio that can be reached is 0, since every group that could lose units is frozen")
     if not chosen:
-        frozen = sorted({g.reason for g in groups if g.kind in kinds and g.reason})
+        reasons = sorted({g.reason for g in groups if g.kind in kinds and g.reason})
         raise PlanError(
             f"nothing can be removed: no prunable group of the kinds {', '.join(kinds)}"
             + (" under the given patterns" if only or skip else "")
-            + (f" ({frozen[0]})" if frozen else f"; the model has {', '.join(sorted(known))}")
+            + (f" ({reasons[0]})" if reasons else f"; the model has {', '.join(sorted(known))}")
         )
     return chosen
 
