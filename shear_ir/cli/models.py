@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from shear_ir.errors import LoadError
 
+# Files that say which token has which number.
+_VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -74,5 +77,9 @@ def open_tokenizer(folder: Path, trust: bool = False) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as failure:  # whatever stock code raises, the answer is that it does not load
-        said = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-        raise LoadError(f"{folder} holds no tokenizer that can be read: {said}") from failure
+        if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+            raise LoadError(
+                f"{folder} holds no tokenizer: save the one that the model was trained with there (save_pretrained)"
+            ) from failure
+        said = " ".join(str(failure).split()) or type(failure).__name__
+        raise LoadError(f"the tokenizer in {folder} cannot be read: {said}") from failure
