@@ -54,6 +54,16 @@ class Consumer:
         split = weight.reshape(self.groups, -1, weight.shape[1], weight[0, 0].numel())
         return split.permute(1, 3, 0, 2).reshape(-1, self.groups * weight.shape[1])
 
+    def spread(self, values: Tensor, weight: Tensor) -> Tensor:
+        """``values`` of shape ``(features,)``, each where ``weight`` reads its feature; broadcasts to the weight."""
+        if self.groups == 1:
+            shape = [1] * weight.dim()
+            shape[self.dim] = -1
+            return values.reshape(shape)
+        each = values.reshape(self.groups, 1, weight.shape[1])
+        rows = each.expand(-1, weight.shape[0] // self.groups, -1).reshape(weight.shape[:2])
+        return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+
 
 @dataclass(frozen=True, eq=False)
 class Consumers:

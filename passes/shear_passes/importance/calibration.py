@@ -38,7 +38,7 @@ class Observer:
         return nullcontext()
 
     def after(self, step: Step) -> None:
-        """Called after each batch, with gradients in ``.grad`` where any observer asked for them."""
+        """Called after each batch."""
 
     def finish(self) -> Any:
         """The result, once all batches were seen."""
@@ -58,6 +58,7 @@ class Calibration:
     loss: Loss | None = None
     progress: Progress | None = None
     watching: bool = field(default=True, init=False)
+    takers: dict[nn.Parameter, list[Callable[[Tensor], None]]] = field(default_factory=dict, init=False)
     masks: tuple[Tensor, ...] = field(default=(), init=False)
     rows: int = field(default=0, init=False)
 
@@ -70,8 +71,11 @@ class Calibration:
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         seen = 0
         with _as_it_was(self.model), ExitStack() as hooks:
+            hooks.callback(self.takers.clear)
             for observer in observers:
                 hooks.enter_context(observer.attach(self))
+            for parameter, takers in self.takers.items():
+                hooks.callback(_hand_over(parameter, takers).remove)
             for number, batch in enumerate(self.batches, start=1):
                 for feed in self._feeds(batch, any(o.row_by_row for o in observers)):
                     self._step(feed, observers)
@@ -80,6 +84,11 @@ class Calibration:
                     self.progress(number, total)
         if not seen:
             raise PlanError("the calibration data has no batch; an iterator can be read only once: give a list")
+
+    def on_gradient(self, parameter: nn.Parameter, take: Callable[[Tensor], None]) -> None:
+        """Call ``take`` with the gradient of ``parameter`` after each backward pass; then the gradient is dropped."""
+        parameter.requires_grad_(True)
+        self.takers.setdefault(parameter, []).append(take)
 
     def _feeds(self, batch: Any, row_by_row: bool) -> Iterator[Inputs]:
         feed = as_feed(self.model, batch)
@@ -217,6 +226,8 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         config.use_cache = False
     for parameter in grads:
         parameter.grad = None
+        # Only what an observer asks for is differentiated.
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
@@ -227,6 +238,16 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
         for parameter, (wanted, grad) in grads.items():
             parameter.requires_grad_(wanted)
             parameter.grad = grad
+
+
+def _hand_over(parameter: nn.Parameter, takers: Sequence[Callable[[Tensor], None]]) -> Any:
+    def hand_over(tensor: Tensor) -> None:
+        grad, tensor.grad = tensor.grad, None
+        assert grad is not None
+        for take in takers:
+            take(grad.detach())
+
+    return parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
 
 
 def _device(model: nn.Module) -> torch.device:

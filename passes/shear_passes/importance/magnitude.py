@@ -1,60 +1,46 @@
-"""Magnitude: the L2 norm of everything a unit owns."""
+"""Magnitude: a norm of everything a unit owns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
-from shear_passes.analysis.find_groups import FindGroups, Group
-from shear_passes.importance.base import Importance, Score, Scores
+from shear_passes.importance.base import (
+    Importance,
+    Score,
+    Scores,
+    candidates,
+    over_slices,
+    parameters_of,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)
 class Magnitude(Importance):
-    """``score(unit) = sqrt(sum over its slices of w^2)`` (Han et al. 2015, taken over a whole unit)."""
+    """``sqrt(sum over the unit's slices of w^2)``, or ``sum of |w|`` for ``p=1`` (Han et al. 2015, a whole unit)."""
+
+    p: Literal[1, 2] = 2
 
     def run(self, program: Program, analyses: AnalysisManager) -> Scores:
         """Raises ``PlanError`` when the weights are not at hand."""
-        weights = analyses.weights
-        if weights is None or any(w.is_meta for w in weights.values()):
-            raise PlanError("magnitude needs weights, and this model has only its shapes: use importance='order'")
-        squares = _Squares(weights)
-        groups = [g for g in analyses.get(FindGroups()) if g.prunable or g.rescalable]
-        return {group: np.sqrt(_total(program, group, squares)) for group in groups}
+        weights = weights_of(analyses, "magnitude")
+        groups = candidates(analyses)
+        wanted = set(parameters_of(program, groups))
+        places = dict.fromkeys((s.parameter, s.dim) for g in groups for s in g.slices if s.parameter in wanted)
+        powers = {place: self._powers(weights[place[0]], place[1]) for place in places}
+        totals = {group: over_slices(program, group, powers) for group in groups}
+        return {group: np.sqrt(total) if self.p == 2 else total for group, total in totals.items()}
 
-
-class _Squares:
-    """Sums of squares along one dim of a tensor, each computed once; shape ``(size of the dim,)``."""
-
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        self.weights = weights
-        self.known: dict[tuple[str, int], Score] = {}
-
-    def along(self, name: str, dim: int) -> Score:
-        """The sum of squares of every index of ``dim``."""
-        if (name, dim) not in self.known:
-            weight = self.weights[name].detach()
-            others = [d for d in range(weight.dim()) if d != dim]
-            weight = weight.float()
-            norm = torch.linalg.vector_norm(weight, dim=others) if others else weight.abs()
-            self.known[name, dim] = norm.double().square().cpu().numpy()
-        return self.known[name, dim]
-
-
-def _total(program: Program, group: Group, squares: _Squares) -> Score:
-    total = np.zeros(group.size)
-    for piece in group.slices:
-        if program.params[piece.parameter].kind != "parameter":
-            continue
-        along = squares.along(piece.parameter, piece.dim)
-        for owner in piece.index_map:
-            mine = owner >= 0
-            total += np.bincount(owner[mine], weights=along[mine], minlength=group.size)
-    return total
+    def _powers(self, weight: Tensor, dim: int) -> Score:
+        """The sum of ``|w|^p`` at every index of ``dim``."""
+        weight = weight.detach().float()
+        others = [d for d in range(weight.dim()) if d != dim]
+        norm = torch.linalg.vector_norm(weight, ord=self.p, dim=others) if others else weight.abs()
+        return cast(Score, norm.double().pow(self.p).cpu().numpy())

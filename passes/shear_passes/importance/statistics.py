@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from shear_ir.errors import PlanError
-from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.consumers import Consumer, Consumers, FindConsumers, Key
+from shear_passes.importance.base import Statistic
 from shear_passes.importance.calibration import Calibration, Data, Observer
 from shear_passes.importance.products import ProductWatch
 
@@ -105,7 +106,7 @@ class CalibrationStatistics:
 
 
 @dataclass(frozen=True)
-class ReadStatistics(Analysis[CalibrationStatistics]):
+class ReadStatistics(Statistic[CalibrationStatistics]):
     """One forward pass over the calibration data.
 
     ``gram``: keep ``X^T X`` too. ``only``: names of the parameters to watch; all consumers when empty.
@@ -116,14 +117,8 @@ class ReadStatistics(Analysis[CalibrationStatistics]):
 
     requires = (FindConsumers, Data)
 
-    def run(self, program: Program, analyses: AnalysisManager) -> CalibrationStatistics:
-        """Raises ``PlanError`` without data."""
-        observer = self.observer(program, analyses)
-        analyses.get(Data()).run([observer])
-        return observer.finish()
-
-    def observer(self, program: Program, analyses: AnalysisManager) -> ReadObserver:
-        """What watches; several observers may share one pass."""
+    def observer(self, program: Program, analyses: AnalysisManager, calibration: Calibration) -> ReadObserver:
+        """What watches the consumers."""
         consumers = analyses.get(FindConsumers())
         return ReadObserver([c for c in consumers if not self.only or c.parameter in self.only], program, self.gram)
 

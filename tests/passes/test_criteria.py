@@ -1,0 +1,329 @@
+"""Criteria against references that know the model and keep everything: autograd by hand, statistics in two passes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+from shear_ir.errors import PlanError
+from shear_ir.manager import AnalysisManager
+from shear_ir.program import Program
+from shear_passes.analysis.find_groups import Groups
+from shear_passes.importance.base import Importance, Scores, collect
+from shear_passes.importance.bonsai import Bonsai, MaskStatistics, coefficients
+from shear_passes.importance.calibration import Calibration, Data
+from shear_passes.importance.magnitude import Magnitude
+from shear_passes.importance.mini_llm import ForwardGradients, ForwardGradientStatistics, MiniLlm
+from shear_passes.importance.reading import Flap, Minitron, Wanda
+from shear_passes.importance.taylor import Taylor
+from tests.zoo import build
+
+HEAD = 6  # head_dim of llama_gqa, whose 2 kv heads have 4 query heads each
+
+
+@functools.cache
+def traced(family: str) -> tuple[nn.Module, Program, Groups]:
+    model = build(family)
+    program = sir.trace(model)
+    return model, program, sir.groups(program)
+
+
+def batches(count: int = 2) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(5)
+    return [{"input_ids": torch.randint(3, 60, (3, 9), generator=draw)} for _ in range(count)]
+
+
+def manager(family: str, data: Any = None, **options: Any) -> AnalysisManager:
+    model, program, _ = traced(family)
+    fork = sir.analyses(program).fork(dict(model.named_parameters()), without=(Importance,))
+    fork.put(Data(), Calibration(model, batches() if data is None else data, **options))
+    return fork
+
+
+def scores(criterion: Importance, family: str = "llama_gqa", data: Any = None, **options: Any) -> Scores:
+    return manager(family, data, **options).get(criterion)
+
+
+def of(found: Scores, name: str, family: str = "llama_gqa") -> npt.NDArray[np.float64]:
+    return found[traced(family)[2].by_name[name]]
+
+
+def inputs_of(family: str, path: str) -> Tensor:
+    """Everything a module read, ``(rows, tokens, features)`` in fp64."""
+    model, _, _ = traced(family)
+    seen: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    with torch.no_grad():
+        for batch in batches():
+            model(**batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def weight_of(family: str, path: str) -> Tensor:
+    """Shape ``(out, in)``, fp64."""
+    weight = traced(family)[0].get_submodule(path).weight.detach().double()
+    assert isinstance(weight, Tensor)
+    return weight.T if family == "gpt2" else weight
+
+
+def close(found: npt.NDArray[np.float64], wanted: Tensor, rtol: float = 1e-4) -> None:
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=rtol)
+
+
+READERS = [
+    ("llama_gqa", "ffn1", "model.layers.1.mlp.down_proj", 1),
+    ("llama_gqa", "kv0", "model.layers.0.self_attn.o_proj", 4 * HEAD),
+    ("gpt2", "ffn0", "transformer.h.0.mlp.c_proj", 1),
+    ("bert", "kv1", "bert.encoder.layer.1.attention.output.dense", 8),
+]
+
+
+@pytest.mark.parametrize(("family", "group", "path", "width"), READERS)
+def test_wanda_is_the_weight_times_the_norm_of_what_it_reads(family: str, group: str, path: str, width: int) -> None:
+    x, weight = inputs_of(family, path).flatten(0, 1), weight_of(family, path)
+    feature = torch.stack([(weight[:, j].abs() * x[:, j].norm()).mean() for j in range(x.shape[1])])
+    close(of(scores(Wanda(), family), group, family), feature.reshape(-1, width).sum(1))
+    summed = of(scores(Wanda(rows="sum", features="max"), family), group, family)
+    close(summed, feature.reshape(-1, width).amax(1) * len(weight))
+
+
+@pytest.mark.parametrize(("family", "group", "path", "width"), READERS)
+def test_flap_is_the_variance_times_the_square_of_the_weight(family: str, group: str, path: str, width: int) -> None:
+    x, weight = inputs_of(family, path).flatten(0, 1), weight_of(family, path)
+    feature = (x - x.mean(0)).square().mean(0) * weight.square().sum(0)
+    close(of(scores(Flap(), family), group, family), feature.reshape(-1, width).mean(1))
+
+
+@pytest.mark.parametrize(("family", "group", "path", "width"), READERS)
+def test_minitron_is_the_mean_activation_in_l2_over_rows(family: str, group: str, path: str, width: int) -> None:
+    feature = inputs_of(family, path).abs().mean(1).norm(dim=0)
+    close(of(scores(Minitron(), family), group, family), feature.reshape(-1, width).norm(dim=1))
+
+
+def test_minitron_of_a_channel_of_the_stream_is_that_of_the_norms_outputs() -> None:
+    paths = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
+    close(of(scores(Minitron()), "h"), sum(inputs_of("llama_gqa", p).abs().mean(1).norm(dim=0) for p in paths))  # type: ignore[arg-type]
+
+
+def test_the_criteria_of_a_convolution_see_its_channels() -> None:
+    data = [torch.randn(2, 3, 12, 12) for _ in range(2)]
+    model, _, groups = traced("depthwise_separable")
+    seen: list[Tensor] = []
+    hook = model.project[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].double().transpose(0, 1).flatten(1))
+    )  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    hook.remove()
+    weight = model.project[0].weight.detach().double()  # type: ignore[index, union-attr]
+    x = torch.cat(seen, dim=1)
+    group = next(g for g in groups if "project.0.weight" in g.parameters and g.size == 22)
+    found = scores(Flap(), "depthwise_separable", data)[group]
+    parts = x.var(1, correction=0) * weight.square().sum((0, 2, 3))
+    squeezed = of_squeeze(model, data)
+    close(found, parts + squeezed, rtol=1e-3)
+
+
+def of_squeeze(model: nn.Module, data: Sequence[Tensor]) -> Tensor:
+    """FLAP's score at the other consumer of the same channels, which reads their means."""
+    seen: list[Tensor] = []
+    hook = model.squeeze.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        for batch in data:
+            model(batch)
+    hook.remove()
+    return torch.cat(seen)[..., 0, 0].var(0, correction=0) * model.squeeze.weight.detach().double().square().sum(
+        (0, 2, 3)
+    )  # type: ignore[union-attr, operator]
+
+
+def gradients(rows: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The gradient of each batch's loss of the next token, by autograd on a loss written out."""
+    model, _, _ = traced("llama_gqa")
+    found = []
+    for batch in rows:
+        model.zero_grad()
+        logits = model(**batch).logits[:, :-1]
+        nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()).backward()
+        found.append({n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def slices_of(name: str, unit: int) -> list[tuple[str, Any]]:
+    """A unit's slices by hand: a kv head with its four query heads, or an MLP channel."""
+    prefix = f"model.layers.{name[-1]}."
+    if name.startswith("kv"):
+        own, shared = slice(HEAD * unit, HEAD * (unit + 1)), slice(4 * HEAD * unit, 4 * HEAD * (unit + 1))
+        rows = {"q_proj": shared, "k_proj": own, "v_proj": own}
+        return [(f"{prefix}self_attn.{n}.weight", r) for n, r in rows.items()] + [
+            (f"{prefix}self_attn.o_proj.weight", (slice(None), shared))
+        ]
+    rows_ = [(f"{prefix}mlp.{n}.weight", unit) for n in ("gate_proj", "up_proj")]
+    return [*rows_, (f"{prefix}mlp.down_proj.weight", (slice(None), unit))]
+
+
+def taylor_by_hand(order: Any, vector: bool, name: str, size: int) -> Tensor:
+    weights = {n: p.detach().double() for n, p in traced("llama_gqa")[0].named_parameters()}
+    rows = [{"input_ids": ids[None]} for batch in batches() for ids in batch["input_ids"]]
+    each = gradients(rows)
+    found = []
+    for unit in range(size):
+        total = torch.zeros((), dtype=torch.float64)
+        for parameter, place in slices_of(name, unit):
+            w = weights[parameter][place]
+            first = torch.stack([g[parameter][place] for g in each]).mean(0) * w
+            second = 0.5 * w.square() * torch.stack([g[parameter][place].square() for g in each]).mean(0)
+            term = {1: first, 2: second, "mixed": first - second}[order]
+            total += term.sum() if vector else term.abs().sum()
+        found.append(total.abs())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(("order", "vector"), [(1, False), (2, False), ("mixed", False), (1, True)])
+@pytest.mark.parametrize(("group", "size"), [("kv1", 2), ("ffn0", 44)])
+def test_taylor_is_autograd_by_hand(order: Any, vector: bool, group: str, size: int) -> None:
+    close(of(scores(Taylor(order=order, vector=vector)), group), taylor_by_hand(order, vector, group, size), rtol=1e-3)
+
+
+def test_a_batch_of_rows_counts_as_its_rows() -> None:
+    rows = [{"input_ids": ids[None]} for batch in batches() for ids in batch["input_ids"]]
+    close(of(scores(Taylor()), "ffn0"), torch.from_numpy(of(scores(Taylor(), data=rows), "ffn0")))
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_magnitude_is_the_norm_of_all_slices(p: Any) -> None:
+    weights = {n: w.detach().double() for n, w in traced("llama_gqa")[0].named_parameters()}
+    flat = [torch.cat([weights[n][place].flatten() for n, place in slices_of("kv0", unit)]) for unit in (0, 1)]
+    close(of(scores(Magnitude(p=p)), "kv0"), torch.stack([w.norm(p=p) for w in flat]))
+
+
+class Quadratic(nn.Module):
+    """A loss whose gradient is known: of the mean square of a linear map and its reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+def mean_square(outputs: Tensor, feed: Any) -> Tensor:
+    return outputs.square().mean()
+
+
+def estimated(directions: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The estimate by forward passes, and autograd's gradient, of all weights as one vector."""
+    torch.manual_seed(3)
+    model, data = Quadratic(), [torch.randn(5, 7, 4)]
+    mine = sir.analyses(sir.trace(model))
+    mine.put(Data(), Calibration(model, data, loss=mean_square))
+    found: ForwardGradients = mine.get(ForwardGradientStatistics(directions=directions, epsilon=1e-2, seed=seed))
+    mean_square(model(data[0]), None).backward()
+    named = dict(model.named_parameters())
+    estimate = torch.cat([found.gradient(n, p).flatten() for n, p in named.items()])
+    return estimate, torch.cat([p.grad.flatten() for p in named.values() if p.grad is not None])
+
+
+def test_forward_gradients_point_along_the_gradient_in_expectation() -> None:
+    few, true = estimated(8)
+    many, _ = estimated(1500)
+    cosine = nn.functional.cosine_similarity
+    assert float(cosine(many, true, dim=0)) > 0.97 > float(cosine(few, true, dim=0))
+    assert float(many.norm() / true.norm()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_directions_are_drawn_again_from_their_seed() -> None:
+    one, two, other = (estimated(5, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_trying_other_weights_leaves_them_bit_for_bit() -> None:
+    model, _, _ = traced("llama_gqa")
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    scores(MiniLlm(directions=2))
+    scores(Bonsai(masks=3))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_mini_llm_is_weight_times_slope_times_what_the_weight_reads() -> None:
+    asked = MiniLlm(directions=3, seed=4)
+    mine = manager("llama_gqa")
+    found = mine.get(asked)
+    forward: ForwardGradients = mine.get(ForwardGradientStatistics(3, seed=4))
+    total = torch.zeros(44, dtype=torch.float64)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        path = f"model.layers.0.mlp.{name}"
+        weight = weight_of("llama_gqa", path)
+        norms = inputs_of("llama_gqa", path).flatten(0, 1).norm(dim=0)
+        element = (weight * forward.gradient(f"{path}.weight", weight.float())).abs() * norms
+        total += element.sum(0 if name == "down_proj" else 1)
+    close(of(found, "ffn0"), total)
+
+
+def test_the_loss_under_a_mask_is_that_of_zeroed_slices() -> None:
+    model, _, _ = traced("llama_gqa")
+    found = manager("llama_gqa").get(MaskStatistics(count=2))
+    names = [g.name for g in found.groups]
+    mask, start = found.masks[1], 0
+    saved = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for group, name in zip(found.groups, names, strict=True):
+            assert mask[start : start + group.size].sum() == group.size // 2
+            for unit in np.flatnonzero(~mask[start : start + group.size]):
+                for parameter, place in slices_of(name, int(unit)):
+                    model.get_parameter(parameter)[place] = 0.0
+            start += group.size
+        wanted = np.mean([float(model(**b, labels=b["input_ids"]).loss) for b in batches()])
+        for n, p in model.named_parameters():
+            p.copy_(saved[n])
+    assert found.losses[1] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_regression_on_masks_finds_the_units_that_matter() -> None:
+    draw = np.random.default_rng(0)
+    truth = draw.normal(size=30)
+    masks = draw.random((400, 30)) < 0.5
+    np.testing.assert_allclose(coefficients(masks, masks @ truth + 2.0, 1e-9), truth, atol=1e-6)
+
+
+def test_bonsai_scores_what_its_masks_cover_and_says_so_of_the_rest() -> None:
+    found = scores(Bonsai(masks=8))
+    assert of(found, "ffn0").shape == (44,)
+    with pytest.raises(PlanError, match=r"bonsai cannot score h \(residual\): its masks are of the kinds ffn, kv_head"):
+        of(found, "h")
+
+
+def test_what_no_consumer_reads_is_said_and_never_guessed() -> None:
+    with pytest.raises(PlanError, match=r"wanda cannot score r \(rotary_pair\): no product of a parameter"):
+        of(scores(Wanda()), "r")
+
+
+def test_several_criteria_share_one_pass() -> None:
+    passes: list[int] = []
+    mine = manager("llama_gqa", iter(batches()), progress=lambda done, total: passes.append(done))
+    criteria = [Wanda(), Flap(), Minitron(), Taylor(), Taylor(order="mixed"), MiniLlm(directions=1)]
+    collect([s for c in criteria for s in c.statistics()], mine)
+    together = [of(mine.get(c), "ffn1") for c in criteria]
+    assert passes == [1, 2]
+    rows = [{"input_ids": ids[None]} for batch in batches() for ids in batch["input_ids"]]
+    for criterion, found in zip(criteria, together, strict=True):
+        # With squares in the pass, batches come as single rows.
+        np.testing.assert_allclose(found, of(scores(criterion, data=rows), "ffn1"), rtol=1e-4)
+
+
+def test_gradients_without_a_loss_are_refused() -> None:
+    with pytest.raises(PlanError, match="needs a loss, and ViTForImageClassification gives none: put labels"):
+        scores(Taylor(), "vit", [{"pixel_values": torch.randn(2, 3, 30, 30)}])
