@@ -124,6 +124,7 @@ class _Rewriter:
         entry = entry_of(node.target)
         if entry is None or entry.resize is None or not self._touched(node):
             return
+        final = self.types[copy.name]
         change = Change(
             node=copy,
             graph=self.graph,
@@ -133,8 +134,8 @@ class _Rewriter:
             kept=lambda dim: mask(dim, self.masks),
             constant=lambda tensor: self._constant(tensor),
             result=copy,
+            dtype=final[0].dtype if final else torch.float32,
         )
-        final = self.types[copy.name]
         entry.resize(change)
         if change.result is not copy:
             # The call itself has the type it computes; what was put after it has the type of the result.

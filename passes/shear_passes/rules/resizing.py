@@ -20,7 +20,7 @@ class Change:
     """One call of the new graph whose constants may need to follow.
 
     ``node``: the call, already copied. ``outs``: the dims of its results before the cut. ``size``: the size of a dim
-    after the cut; ``kept``: which of its indices stay.
+    after the cut; ``kept``: which of its indices stay; ``dtype``: that of the results.
     """
 
     node: fx.Node
@@ -31,6 +31,7 @@ class Change:
     kept: Callable[[Dim], Mask]
     constant: Callable[[Tensor], fx.Node]
     result: fx.Node
+    dtype: torch.dtype
 
     @property
     def out(self) -> Dims:
