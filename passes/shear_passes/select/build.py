@@ -90,7 +90,9 @@ def _kept(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[str, dict[int, Ind
     stays = {expression: np.flatnonzero(mask(expression, masks)) for expression in set(touched.values())}
     kept: dict[str, dict[int, Indices]] = {}
     for name in groups.program.params:
-        for dim in range(len(groups.axes.of_param[name])):
+        # Constants belong to the program and are cut with it; a model has no tensor of that name.
+        dims = () if groups.program.params[name].kind == "constant" else groups.axes.of_param[name]
+        for dim in range(len(dims)):
             if (name, dim) in touched:
                 kept.setdefault(name, {})[dim] = stays[touched[name, dim]]
     return kept

@@ -1,0 +1,274 @@
+"""What must be true of every program, and how much of it was exercised.
+
+- cut in the graph, alone and together, it computes what its masked original does; cut in the modules, too, or refused;
+- every call is local (``tests.oracle.locality``);
+- other names of its tensors change no decision;
+- the sheared program has the same groups without the units that went, what was frozen still is;
+- cutting twice is cutting once.
+
+All in double precision, so that what differs is wrong and not rounded.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+from shear_backends.graph import graph_module, tensors_of
+from shear_backends.verify import masked
+from shear_ir.axes import Hold
+from shear_ir.frontend.inputs import Inputs
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Plan
+from shear_ir.program import Program
+from shear_ir.verifier import verify_program
+from shear_passes.analysis.cost import MeasureCosts
+from shear_passes.analysis.find_groups import FindGroups, Group, Groups
+from shear_passes.rewrite.shear import cut_tensors, shear_program
+from shear_passes.rules.registry import op_name
+from shear_passes.select.build import build_plan
+from tests.oracle.fuzz.draft import Sketch
+from tests.oracle.locality import check_calls
+
+TOLERANCE = 1e-9
+
+
+class Broken(AssertionError):
+    """Something that must be true of every program is not of this one."""
+
+
+@dataclass
+class Seen:
+    """What one program exercised. ``moved``: plans that changed the outputs; ``modules``: cut in the modules, refused."""
+
+    ops: Counter[str] = field(default_factory=Counter)
+    groups: int = 0
+    prunable: int = 0
+    frozen: Counter[str] = field(default_factory=Counter)
+    plans: int = 0
+    moved: int = 0
+    modules: Counter[str] = field(default_factory=Counter)
+    untraced: str = ""
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    """New tensors are of double precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check(sketch: Sketch, *, seed: int = 0, modules: bool = False, dynamic: bool = False) -> Seen:
+    """Raise ``Broken``, or whatever the code under test raises, unless all is true of the program."""
+    with double(), torch.no_grad():
+        model = sketch.build()
+        return check_model(model, [sketch.feed(0), sketch.feed(1)], seed=seed, modules=modules, dynamic=dynamic)
+
+
+def check_model(
+    model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0, modules: bool = False, dynamic: bool = False
+) -> Seen:
+    """As ``check`` for any module, traced with the first of ``feeds``."""
+    seen = Seen()
+    try:
+        program = sir.trace(model, feeds[0], dynamic=dynamic)
+    except sir.TraceError as failure:
+        seen.untraced = str(failure)
+        return seen
+    case = _Case(model, feeds, program, sir.groups(program), random.Random(seed), seen)
+    case.count()
+    case.check_names()
+    check_calls(model, case.groups.axes, case.groups.zeros, feeds[0], rounds=1, seed=seed)
+    case.check_plans()
+    if modules:
+        case.check_modules()
+    return seen
+
+
+@dataclass
+class _Case:
+    model: nn.Module
+    feeds: Sequence[Inputs]
+    program: Program
+    groups: Groups
+    rng: random.Random
+    seen: Seen
+
+    def count(self) -> None:
+        self.seen.ops.update(op_name(node) for node in self.program.calls())
+        wide = [g for g in self.groups if g.size > 1]
+        self.able = [g for g in wide if g.prunable or g.rescalable]
+        self.seen.groups, self.seen.prunable = len(wide), len(self.able)
+        reasons = (_reason(g).partition(" at %")[0].partition(":")[0] for g in wide if g not in self.able)
+        self.seen.frozen.update(reason for reason in reasons)
+        self.dense = [_outputs(self.model, feed) for feed in self.feeds]
+
+    def check_plans(self) -> None:
+        """Some groups alone, all together, and what is left of them once more."""
+        if not self.able:
+            return
+        if len(self.able) > 1:
+            for group in self.rng.sample(self.able, min(2, len(self.able))):
+                self.check_plan(self.plan(self.groups, [group], fewest=1))
+        small = [g for g in self.able if g.size == 2]
+        if small or self.rng.random() < 0.5:
+            self.check_plan(self.plan(self.groups, self.able, fewest=1))
+        left = [g for g in self.able if g.size > 2]
+        if left:
+            self.check_twice(self.plan(self.groups, left, fewest=2))
+
+    def plan(self, groups: Groups, cut: Sequence[Group], fewest: int) -> Plan:
+        """Each group of ``cut`` keeps a random choice of its units, at least ``fewest``."""
+        kept = {g: np.array(sorted(self.rng.sample(range(g.size), self.rng.randint(fewest, g.size - 1)))) for g in cut}
+        return build_plan(groups, AnalysisManager(groups.program).get(MeasureCosts()), kept)
+
+    def check_plan(self, plan: Plan) -> Program:
+        """The graph computes what the masked original does."""
+        small = shear_program(self.groups, plan)
+        if not self.seen.plans:
+            verify_program(small, blame=_cuts(plan))
+        found = graph_module(small, cut_tensors(tensors_of(self.model), plan.kept))
+        self.compare(plan, lambda feed: _tensors(found(**feed)), "the graph")
+        return small
+
+    def compare(self, plan: Plan, run: Callable[[Inputs], tuple[Tensor, ...]], what: str) -> None:
+        reference = masked(self.model, plan.kept)
+        self.seen.plans += 1
+        moved = 0.0
+        for feed, dense in zip(self.feeds, self.dense, strict=True):
+            expected, found = _outputs(reference, feed), run(feed)
+            gap = _gap(expected, found)
+            if not gap <= TOLERANCE:
+                raise Broken(f"{what} differs from the masked original by {gap:.3g} with {_cuts(plan)}")
+            moved = max(moved, _gap(expected, dense))
+        self.seen.moved += moved > 1e-6
+
+    def check_twice(self, first: Plan) -> None:
+        """The sheared program has the groups that are left, and a second cut composes with the first."""
+        once = self.check_plan(first)
+        left = AnalysisManager(once).get(FindGroups())
+        _same_groups(self.groups, left, first)
+        able = [g for g in left if (g.prunable or g.rescalable) and g.size > 1]
+        names = {c.group: len(c.kept) for c in first.cuts}
+        able = [g for g in able if g.size == names.get(g.name, self.groups.by_name[g.name].size)]
+        if not able:
+            return
+        second = self.plan(left, able, fewest=1)
+        joined = first.then(second)
+        twice = graph_module(shear_program(left, second), _cut(_cut(tensors_of(self.model), first), second))
+        self.check_plan(joined)
+        self.compare(joined, lambda feed: _tensors(twice(**feed)), "the graph cut twice")
+
+    def check_modules(self) -> None:
+        """The module backend's result, where it gives one."""
+        if not self.able:
+            return
+        for plan in (self.plan(self.groups, [self.rng.choice(self.able)], 1), self.plan(self.groups, self.able, 1)):
+            try:
+                small = sir.shear(self.model, plan, inputs=self.feeds[0])
+            except sir.ShearingError:
+                self.seen.modules["refused"] += 1
+                continue
+            self.seen.modules["cut"] += 1
+            self.compare(plan, lambda feed, small=small: _outputs(small, feed), "the module")  # type: ignore[misc]
+
+    def check_names(self) -> None:
+        """Names that sort the other way round: the same groups, frozen or not as before."""
+        ordered = sorted(self.program.params)
+        names = {name: f"z{len(ordered) - place}.{name[::-1]}" for place, name in enumerate(ordered)}
+        other = AnalysisManager(_renamed(self.program, names)).get(FindGroups())
+        mine, theirs = _decisions(self.groups, names), _decisions(other, None)
+        if mine != theirs:
+            raise Broken(f"names decide: {mine - theirs} against {theirs - mine}")
+
+
+def _renamed(program: Program, names: Mapping[str, str]) -> Program:
+    return replace(
+        program,
+        params={names[n]: replace(p, name=names[n], aliases=()) for n, p in program.params.items()},
+        of_placeholder={placeholder: names[n] for placeholder, n in program.of_placeholder.items()},
+        constants={names[n]: tensor for n, tensor in program.constants.items()},
+    )
+
+
+def _decisions(groups: Groups, names: Mapping[str, str] | None) -> Counter[Any]:
+    return Counter(
+        (
+            frozenset((names[s.parameter] if names else s.parameter, s.dim) for s in g.slices),
+            g.size,
+            g.kind,
+            _held(g),
+            _reason(g),
+        )
+        for g in groups
+    )
+
+
+def _same_groups(before: Groups, after: Groups, plan: Plan) -> None:
+    """Every group that can go still can, with the units left; what was held is held, where it is still an axis."""
+    left = {c.group: len(c.kept) for c in plan.cuts}
+    old = Counter((_places(g, before.program), left.get(g.name, g.size), _held(g)) for g in before)
+    new = Counter((_places(g, after.program), g.size, _held(g)) for g in after)
+    if old != new:
+        raise Broken(
+            f"cut by {_cuts(plan)}, groups {sorted(map(str, (old - new)))} became {sorted(map(str, (new - old)))}"
+        )
+
+
+def _places(group: Group, program: Program) -> frozenset[tuple[str, int]]:
+    """Where a group occurs, leaving out the constants that the rewrite itself adds."""
+    return frozenset((s.parameter, s.dim) for s in group.slices if not s.parameter.startswith("kept_"))
+
+
+def _held(group: Group) -> Hold | None:
+    return group.axis.freeze.hold if group.axis.freeze else None
+
+
+def _reason(group: Group) -> str:
+    """Why a group is frozen, without the numbers of atoms."""
+    return re.sub(r"\ba\d+:", "", group.reason)
+
+
+def _cuts(plan: Plan) -> str:
+    return "; ".join(f"{c.group} keeping {c.kept.tolist()} of {c.size}" for c in plan.cuts)
+
+
+def _cut(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
+    return cut_tensors(tensors, plan.kept)
+
+
+def _outputs(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    return _tensors(model(**{name: value.clone() for name, value in feed.items()}))
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Largest difference over the largest entry; infinite where shapes differ or only one side is no number."""
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(expected, found, strict=True):
+        both = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(both, 0.0, (a - b).abs()) / max(1.0, float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()))
+        worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
+    return worst
+
+
+__all__ = ["Broken", "Seen", "check", "check_model", "double"]

@@ -1,0 +1,49 @@
+"""What random programs have found, each as the smallest module that shows it: all of them are sound now."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.oracle.fuzz.check import Seen, check_model, double
+
+
+def sound(model: nn.Module, *shapes: tuple[int, ...], **options: bool) -> Seen:
+    """What was exercised on a module in double precision; raises where it is not sound."""
+    names = list(model.forward.__code__.co_varnames[1 : 1 + len(shapes)])
+    feeds = [{name: torch.randn(shape).double() for name, shape in zip(names, shapes, strict=True)} for _ in range(2)]
+    with double(), torch.no_grad():
+        seen = check_model(model.double().eval(), feeds, **options)
+    assert not seen.untraced
+    return seen
+
+
+class DefaultEpsilon(nn.Module):
+    """A norm whose epsilon is that of its precision, read by what is as small as its square root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.rms_norm(self.up(x), (12,)))
+
+
+def test_the_default_epsilon_of_a_norm_is_that_of_its_precision() -> None:
+    assert sound(DefaultEpsilon(), (3, 5)).prunable
+
+
+class Ramp(nn.Module):
+    """Channels weighed by their number: after a cut, the numbers that are left are a constant of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x) * torch.arange(1.0, 13.0))
+
+
+def test_a_plan_for_a_sheared_graph_composes_though_the_first_cut_left_a_constant() -> None:
+    assert sound(Ramp(), (3, 5)).plans > 2

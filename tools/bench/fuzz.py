@@ -1,0 +1,207 @@
+"""Random programs, each traced, cut and compared with its masked original, until so many have been checked.
+
+    python tools/bench/fuzz.py --programs 20000          # goes on where it was; --seed S for others
+    python tools/bench/fuzz.py --programs 20000 --table  # what is there, nothing is run
+
+What is generated and what must be true of it stands in ``tests/oracle/fuzz``; one program is one generated module,
+told apart by its text, that was traced and checked. One that breaks is shrunk and written as text that runs on its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+for part in ("backends", "passes", "."):
+    sys.path.insert(0, str(HERE.parents[1] / part))
+
+CHUNK = 50
+
+console = Console()
+
+
+@dataclass
+class Tally:
+    """What one run has seen. ``programs``: their texts as short hashes; ``broken``: text and error."""
+
+    run: str
+    programs: list[str] = field(default_factory=list)
+    untraced: Counter[str] = field(default_factory=Counter)
+    ops: Counter[str] = field(default_factory=Counter)
+    frozen: Counter[str] = field(default_factory=Counter)
+    modules: Counter[str] = field(default_factory=Counter)
+    groups: int = 0
+    prunable: int = 0
+    bare: int = 0
+    plans: int = 0
+    moved: int = 0
+    seconds: float = 0.0
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take in what another run has seen."""
+        for name, value in vars(other).items():
+            if name != "run":
+                setattr(self, name, getattr(self, name) + value)
+
+
+def run_chunk(run: str, number: int, longest: int) -> Tally:
+    """Hypothesis draws the programs and, where one breaks, the smallest that breaks as well."""
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+
+    from tests.oracle.fuzz.draft import Sketch
+    from tests.oracle.fuzz.programs import programs
+
+    tally, known, broken = Tally(run), set[str](), list[tuple[str, str]]()
+
+    @seed(number)
+    @settings(
+        max_examples=CHUNK, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(programs(longest))
+    def try_all(sketch: Sketch) -> None:
+        mark = hashlib.sha256(sketch.source.encode()).hexdigest()[:12]
+        try:
+            _try_one(sketch, tally, int(mark, 16), count=mark not in known and not broken)
+        except Exception as failure:
+            broken.append((sketch.source, f"{type(failure).__name__}: {failure}".partition("\n\nWhile executing")[0]))
+            raise
+        known.add(mark)
+
+    started = time.process_time()
+    try:
+        try_all()
+    except Exception as failure:
+        tally.broken = broken[-1:] or [("", repr(failure))]
+    tally.programs, tally.seconds = sorted(known), time.process_time() - started
+    return tally
+
+
+def _try_one(sketch: Any, tally: Tally, seed: int, count: bool) -> None:
+    from tests.oracle.fuzz.check import check
+
+    # A module and a graph of free sizes cost a trace more: one program in sixteen has them.
+    seen = check(sketch, seed=seed, modules=seed % 16 == 0)
+    if not count:
+        return
+    if seen.untraced:
+        tally.untraced[seen.untraced.partition(". Pass inputs")[0][:160]] += 1
+    for name in ("ops", "frozen", "modules", "groups", "prunable", "plans", "moved"):
+        setattr(tally, name, getattr(tally, name) + getattr(seen, name))
+    tally.bare += not seen.prunable
+
+
+def known_tallies(file: Path) -> list[Tally]:
+    """What earlier runs have left; a line that was cut off counts as not run."""
+    found: list[Tally] = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(_tally(json.loads(line)))
+        except ValueError:
+            continue
+    return found
+
+
+def _tally(record: Mapping[str, Any]) -> Tally:
+    counters = {name: Counter(record[name]) for name in ("untraced", "ops", "frozen", "modules")}
+    return Tally(**{**record, **counters, "broken": [(text, error) for text, error in record["broken"]]})
+
+
+def total(tallies: Iterable[Tally]) -> Tally:
+    """All runs as one, each text counted once."""
+    whole = Tally("all")
+    for tally in tallies:
+        whole.add(tally)
+    whole.programs = sorted(set(whole.programs))
+    return whole
+
+
+def table(whole: Tally) -> Table:
+    """What was exercised."""
+    checked = len(whole.programs) - whole.untraced.total()
+    rows = {
+        "programs checked": f"{checked:,} ({whole.untraced.total()} more do not trace)",
+        "with nothing to prune": f"{whole.bare / max(checked, 1):.1%}",
+        "distinct operators": f"{len(whole.ops)}, called {whole.ops.total():,} times",
+        "groups": f"{whole.groups:,}, {whole.prunable / max(whole.groups, 1):.1%} of them prunable",
+        "plans compared": f"{whole.plans:,}, {whole.moved / max(whole.plans, 1):.1%} of them moved the outputs",
+        "cut in the modules": f"{whole.modules['cut']:,}, refused {whole.modules['refused']:,}",
+        "CPU seconds": f"{whole.seconds:,.0f}, {1000 * whole.seconds / max(checked, 1):.0f} ms a program",
+        "broken": str(len(whole.broken)),
+    }
+    shown = Table(title="random programs", title_justify="left", show_header=False, show_edge=False)
+    for name, value in rows.items():
+        shown.add_row(name, value)
+    return shown
+
+
+def show_broken(broken: Sequence[tuple[str, str]]) -> None:
+    """Each program that breaks, with what it breaks, the shortest of each kind."""
+    for text, error in broken:
+        console.rule(style="red")
+        console.print(text, markup=False, soft_wrap=True)
+        console.print(error, style="red", markup=False, soft_wrap=True)
+
+
+def main(
+    programs: Annotated[int, typer.Option(min=1, help="How many to check, those of earlier runs counted in.")] = 20000,
+    seed: Annotated[int, typer.Option(help="Other programs for each.")] = 0,
+    longest: Annotated[int, typer.Option(min=1, help="Steps of the longest; a step may be a whole block.")] = 6,
+    out: Annotated[Path, typer.Option(help="Folder for fuzz.jsonl, one line a run.")] = HERE / "out",
+    only_table: Annotated[bool, typer.Option("--table", help="Print what is there.")] = False,
+) -> None:
+    """Generate, check, count; exit code 1 when a program breaks."""
+    warnings.simplefilter("ignore")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "fuzz.jsonl"
+    tallies = known_tallies(file)
+    done = {tally.run for tally in tallies}
+    texts = {text for tally in tallies for text in tally.programs}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    fresh: list[tuple[str, str]] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("programs", total=programs, completed=len(texts))
+        number = 0
+        while len(texts) < programs and not only_table:
+            run, number = f"{seed}:{longest}:{number}", number + 1
+            if run in done:
+                continue
+            tally = run_chunk(run, seed * 1_000_003 + number, longest)
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(vars(tally)) + "\n")
+            tallies.append(tally)
+            texts.update(tally.programs)
+            fresh += tally.broken
+            progress.update(
+                task, completed=len(texts), description=f"programs, {len(fresh)} broken" if fresh else "programs"
+            )
+            show_broken(tally.broken)
+    whole = total(tallies)
+    console.print(table(whole))
+    console.print(f"written to {file}")
+    raise typer.Exit(1 if fresh or (only_table and whole.broken) else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
