@@ -1,23 +1,26 @@
-"""Importance criteria: one per file, one interface: a score for every unit of every group."""
+"""Importance criteria, one interface: a score for every unit of every group, from weights and from data."""
 
 from __future__ import annotations
 
-from shear_ir.errors import PlanError
-from shear_passes.importance.base import Importance, Scores
+from shear_passes.importance.base import Importance, Scores, Statistic, collect
+from shear_passes.importance.block_influence import BlockInfluence
+from shear_passes.importance.bonsai import Bonsai
+from shear_passes.importance.calibration import Calibration, Data
+from shear_passes.importance.custom import Custom, Evidence, as_criterion
+from shear_passes.importance.lora_guided import LoraGuided
 from shear_passes.importance.magnitude import Magnitude
+from shear_passes.importance.mini_llm import MiniLlm
+from shear_passes.importance.names import CRITERIA, DEFAULT_WITH_DATA, MAGNITUDE_COSTS, criterion, default
 from shear_passes.importance.order import Order
 from shear_passes.importance.random import Random
+from shear_passes.importance.reading import Flap, Minitron, Wanda
+from shear_passes.importance.reap import Reap
+from shear_passes.importance.statistics import CalibrationStatistics, ReadStatistics
+from shear_passes.importance.taylor import Taylor
 
-CRITERIA: dict[str, type[Importance]] = {"magnitude": Magnitude, "random": Random, "order": Order}
-
-
-def criterion(name: str, seed: int = 0) -> Importance:
-    """The criterion of this name; raises ``PlanError`` listing the names there are."""
-    if name not in CRITERIA:
-        raise PlanError(f"there is no importance criterion '{name}'; there are {', '.join(sorted(CRITERIA))}")
-    if seed < 0:
-        raise PlanError(f"a seed is a number from 0 up, not {seed}")
-    return Random(seed) if name == "random" else CRITERIA[name]()
-
-
-__all__ = ["CRITERIA", "Importance", "Magnitude", "Order", "Random", "Scores", "criterion"]
+__all__ = [
+    "CRITERIA", "DEFAULT_WITH_DATA", "MAGNITUDE_COSTS", "BlockInfluence", "Bonsai", "Calibration",
+    "CalibrationStatistics", "Custom", "Data", "Evidence", "Flap", "Importance", "LoraGuided", "Magnitude", "MiniLlm",
+    "Minitron", "Order", "Random", "ReadStatistics", "Reap", "Scores", "Statistic", "Taylor", "Wanda", "as_criterion",
+    "collect", "criterion", "default",
+]  # fmt: skip

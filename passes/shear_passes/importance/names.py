@@ -1,0 +1,96 @@
+"""Criteria by name: our own, options in braces, entry points of other packages, import paths."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from shear_ir.errors import PlanError
+from shear_passes.importance.base import Importance
+from shear_passes.importance.block_influence import BlockInfluence
+from shear_passes.importance.bonsai import Bonsai
+from shear_passes.importance.custom import as_criterion, find
+from shear_passes.importance.lora_guided import LoraGuided
+from shear_passes.importance.magnitude import Magnitude
+from shear_passes.importance.mini_llm import MiniLlm
+from shear_passes.importance.order import Order
+from shear_passes.importance.random import Random
+from shear_passes.importance.reading import Flap, Minitron, Wanda
+from shear_passes.importance.reap import Reap
+from shear_passes.importance.taylor import Taylor
+
+DEFAULT_WITH_DATA = "flap"
+"""The criterion where data is at hand and none is named."""
+
+DEFAULT_WITHOUT_DATA = "magnitude"
+
+MAGNITUDE_COSTS = "magnitude alone ruins language models: pass data"
+"""What is said when magnitude is taken because there is no data."""
+
+ENTRY_POINTS = "shear_ir.importance"
+
+CRITERIA: Mapping[str, Callable[[], Importance]] = {
+    "magnitude": Magnitude,
+    "magnitude-l1": lambda: Magnitude(p=1),
+    "taylor": Taylor,
+    "taylor-second": lambda: Taylor(order=2),
+    "taylor-mixed": lambda: Taylor(order="mixed"),
+    "taylor-vector": lambda: Taylor(vector=True),
+    "lora-guided": LoraGuided,
+    "wanda": Wanda,
+    "flap": Flap,
+    "minitron": Minitron,
+    "mini-llm": MiniLlm,
+    "bonsai": Bonsai,
+    "reap": Reap,
+    "block-influence": BlockInfluence,
+    "random": Random,
+    "order": Order,
+}
+"""What each name stands for."""
+
+
+def criterion(name: str, seed: int = 0) -> Importance:
+    """The criterion of this name: ``wanda``, ``taylor{order=mixed}``, an entry point, or ``package.module:name``.
+
+    ``seed``: for criteria that draw something and are not given a seed of their own. Raises ``PlanError`` listing the
+    names there are.
+    """
+    if seed < 0:
+        raise PlanError(f"a seed is a number from 0 up, not {seed}")
+    made = _made(name)
+    if seed and "seed" in {f.name for f in dataclasses.fields(made)} and "seed=" not in name:
+        made = dataclasses.replace(made, **{"seed": seed})
+    return made
+
+
+def default(data: Any) -> str:
+    """The name of the criterion for a plan with, or without, ``data``."""
+    return DEFAULT_WITHOUT_DATA if data is None else DEFAULT_WITH_DATA
+
+
+def _made(name: str) -> Importance:
+    if name in CRITERIA:
+        return CRITERIA[name]()
+    if "{" in name:
+        return _spelled(name)
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        return as_criterion(point.load(), name)
+    if ":" in name:
+        return as_criterion(find(name), name)
+    own = {point.name for point in entry_points(group=ENTRY_POINTS)}
+    known = ", ".join(sorted({*CRITERIA, *own}))
+    raise PlanError(f"there is no importance criterion '{name}'; there are {known}, or package.module:name")
+
+
+def _spelled(name: str) -> Importance:
+    """A criterion with its options, as passes are spelled."""
+    # Here, for the spelling reads every pass of the package, and selections import this module.
+    from shear_passes.spelling import parse_pass
+
+    made = parse_pass(name)
+    if not isinstance(made, Importance):
+        raise PlanError(f"{made.name()} is no importance criterion; there are {', '.join(sorted(CRITERIA))}")
+    return made
