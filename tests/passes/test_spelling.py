@@ -69,7 +69,7 @@ def test_text_and_objects_make_the_same_program() -> None:
         ("select-uniform{round_to=1.5}", "select-uniform takes round_to=NUMBER, not round_to=1.5"),
         ("select-uniform{uniform=yes}", "select-uniform takes uniform=True|False, not uniform=yes"),
         ("select-uniform{kinds=ffn}", "select-uniform takes kinds=[WORD,WORD], not kinds=ffn"),
-        ("select-uniform{importance=randm{seed=1}}", "there is no pass 'randm'; did you mean random?"),
+        ("select-uniform{importance=randm{seed=1}}", "there is no pass 'randm'; did you mean random or wanda?"),
         ("select-uniform{ratio}", "'ratio' is not an option of select-uniform: write name=value"),
         ("shear{plan=a plan=b}", "shear is given plan twice"),
         ("shear,,dump", "the pipeline 'shear,,dump' has an empty place: passes are separated by single commas"),
