@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,12 +32,18 @@ from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
+from shear_passes.analysis.explain import Explain
+from shear_passes.analysis.explanation import Explanation
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.importance import Importance
+from shear_passes.importance import Magnitude, Scores
+from shear_passes.importance.calibration import Loss, Progress
+from shear_passes.importance.scoring import Wanted, chosen, prepared
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.shear import cut_tensors, shear_program
+from shear_passes.select import SelectByRatio, selection
 from shear_passes.select.build import masks_of
-from shear_passes.select.uniform import DEFAULT_KINDS, HEAD_KINDS, SelectUniform
+from shear_passes.select.by_ratio import Budget
+from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS
 
 _models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -67,6 +73,15 @@ def groups(program: Program) -> Groups:
     return analyses(program).get(FindGroups())
 
 
+def explain(program: Program, name: str) -> Explanation:
+    """Why slices leave together, or cannot: ``name`` is a group, a parameter, or ``parameter:dim``.
+
+    The shortest chains of operators and source lines, as an object that prints as text. Raises ``ShearError`` for a
+    name that the program does not have.
+    """
+    return analyses(program).get(Explain(name))
+
+
 def dependency_graph(program: Program) -> nx.MultiDiGraph[str]:
     """Parameters, groups and ops of ``program`` as a networkx graph."""
     return analyses(program).get(DependencyGraph())
@@ -76,41 +91,78 @@ def plan(
     program: Program,
     *,
     ratio: float,
-    importance: str | Importance = "magnitude",
-    round_to: int = 1,
-    uniform: bool = True,
+    importance: Wanted | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+    allocation: str = "uniform",
+    budget: Budget = "parameters",
+    round_to: int | Mapping[str, int] = 1,
+    floor: float = 0.0,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
     kinds: Sequence[str] = DEFAULT_KINDS,
     seed: int = 0,
     stock: bool = True,
     frozen: Sequence[str] = (),
+    knowledge: Mapping[str, Mapping[float, float]] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """What goes when ``ratio`` of the model's parameters shall go; see ``SelectUniform`` for the options.
+    """What goes when ``ratio`` of the model's parameters, or other ``budget``, shall go.
 
+    ``importance``: which units matter: a name, an object with options such as ``Taylor(order=2)``, or a function of
+    your own; see ``shear_passes.importance``. ``data``: batches of model inputs, mappings or tensors, for criteria
+    that look at data; ``loss``: of outputs and batch, where the model gives none. ``progress``: called with batches
+    done and their number.
+    ``allocation``: how layers share it: uniform (one config can describe the result), global, isomorphic, or
+    by-knowledge, which needs ``knowledge``: group name to the loss deviation at some shares of its units. The classes
+    of ``shear_passes.select`` describe these and the other options; ``round_to`` may differ by kind.
     ``stock``: where the config class of a transformers model refuses the number of heads that would be left (Llama:
     heads must divide the hidden size), take a number beside it that is accepted and let the channels make up for it.
     ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
     Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
-    selection = SelectUniform(
-        ratio=ratio, importance=importance, round_to=round_to, uniform=uniform, only=tuple(only), skip=tuple(skip),
-        kinds=tuple(kinds), seed=seed, frozen=tuple(frozen),
+    criterion = chosen(importance, program, data, seed)
+    asked = selection(
+        allocation, knowledge, ratio=ratio, importance=criterion, round_to=_steps(round_to), only=tuple(only),
+        skip=tuple(skip), kinds=tuple(kinds), seed=seed, frozen=tuple(frozen), budget=budget, floor=floor,
     )  # fmt: skip
     manager = analyses(program)
     manager.get(FindGroups())
     weights = manager.weights if weights is None else weights
-    if weights is None and importance == "magnitude":
+    if weights is None and isinstance(criterion, Magnitude):
         raise PlanError("the model of this program is gone: pass weights={name: tensor}, or importance='order'")
-    # Weights change while a model trains, so scores and plans are never kept from one call to the next.
-    fork = manager.fork(weights, without=(Importance, SelectUniform))
-    found = fork.get(selection)
-    others = _accepted_heads(program, found) if stock and uniform else []
-    tried = [replace(selection, heads=heads) for heads in others]
+    fork = prepared(
+        manager, [criterion], weights=weights, model=_model_of(program), data=data, loss=loss, progress=progress,
+        without=(SelectByRatio,),
+    )  # fmt: skip
+    found = fork.get(asked)
+    others = _accepted_heads(program, found) if stock and allocation == "uniform" else []
+    tried = [replace(asked, heads=heads) for heads in others]
     gaps = {other: gap for other in tried if (gap := _imbalance(fork, other)) < math.inf}
     best = min(gaps, key=gaps.__getitem__, default=None)
     return found if best is None else fork.get(best)
+
+
+def scores(
+    program: Program,
+    *importance: Wanted,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> dict[str, Scores]:
+    """The scores of several criteria, measured in one pass over ``data``: criterion as text to group to array.
+
+    The least important unit of a group has its lowest score. Arguments are those of ``plan``. Raises ``PlanError``.
+    """
+    criteria = [chosen(wanted, program, data, seed) for wanted in importance or (None,)]
+    manager = analyses(program)
+    manager.get(FindGroups())
+    fork = prepared(
+        manager, criteria, weights=manager.weights, model=_model_of(program), data=data, loss=loss, progress=progress
+    )
+    return {str(criterion): fork.get(criterion) for criterion in criteria}
 
 
 def shear(
@@ -137,8 +189,7 @@ def shear(
         return merged(adapted) if merge else adapted
     if backend == "module":
         return shear_module(model, groups(_program(model, inputs)), plan, inputs)
-    program = trace(model, inputs, dynamic=True)
-    small = shear_program(groups(program), plan)
+    small = shear_program(groups(_program(model, inputs, dynamic=True)), plan)
     return graph_module(small, _copies(model, plan))
 
 
@@ -224,13 +275,18 @@ def _accepted_heads(program: Program, plan: Plan) -> list[int]:
     return [*below[-1:], *above[:1]]
 
 
-def _imbalance(manager: AnalysisManager, selection: SelectUniform) -> float:
+def _steps(round_to: int | Mapping[str, int]) -> int | tuple[str, ...]:
+    """``round_to`` as the passes spell it."""
+    return round_to if isinstance(round_to, int) else tuple(f"{kind}={n}" for kind, n in round_to.items())
+
+
+def _imbalance(manager: AnalysisManager, asked: SelectByRatio) -> float:
     """How unlike the shares are that the kinds lose; infinite where the ratio cannot be reached."""
     try:
-        counts = manager.running(selection, lambda: selection.counts(manager))
+        counts = manager.running(asked, lambda: asked.counts(manager))
     except PlanError:
         return math.inf
-    lost: dict[str, float] = dict.fromkeys(selection.kinds, 0.0)
+    lost: dict[str, float] = dict.fromkeys(asked.kinds, 0.0)
     for group, count in counts.items():
         lost[group.kind] = max(lost[group.kind], 1 - count / group.size)
     return max(lost.values()) - min(lost.values())
@@ -249,14 +305,14 @@ def _model_of(program: Program) -> nn.Module | None:
     return None if reference is None else reference()
 
 
-def _program(model: nn.Module, inputs: Any) -> Program:
+def _program(model: nn.Module, inputs: Any, dynamic: bool = False) -> Program:
     """The program of ``model``: one that was traced before and still has the model's shapes, or a new one."""
     if inputs is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
         for program, reference in list(_models.items()):
-            if reference() is model and not program.dynamic and _fits(program, shapes):
+            if reference() is model and program.dynamic == dynamic and _fits(program, shapes):
                 return program
-    return trace(model, inputs)
+    return trace(model, inputs, dynamic=dynamic)
 
 
 def _fits(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 import shear_ir as sir
 from shear_ir.plans import Plan
-from tests.roads import outputs, same, trace, traced
+from tests.roads import Traced, outputs, same, trace, traced
 from tests.test_families import kinds_of
 from tests.zoo import FAMILIES
 
@@ -28,25 +28,25 @@ SEVERAL = (
 )
 
 
-def twice(model: nn.Module, kinds: list[str], **options: object) -> tuple[Plan, nn.Module, Plan, nn.Module]:
-    """Two plans with the models they leave."""
-    first = sir.plan(sir.trace(model), ratio=0.1, kinds=kinds, importance="random", **options)  # type: ignore[arg-type]
-    once = sir.shear(model, first)
-    second = sir.plan(sir.trace(once), ratio=0.12, kinds=kinds, importance="random", seed=1, **options)  # type: ignore[arg-type]
-    return first, once, second, sir.shear(once, second)
+def twice(family: Traced) -> tuple[Plan, Plan, nn.Module]:
+    """Two plans and the model that both of them leave."""
+    first = sir.plan(family.program, ratio=0.1, kinds=kinds_of(family), importance="random")
+    once = sir.shear(family.model, first)
+    program = sir.trace(once)
+    second = sir.plan(program, ratio=0.12, kinds=kinds_of(family), importance="random", seed=1)
+    return first, second, sir.shear(once, second)
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str) -> None:
     family = traced(name)
-    first, _, second, small = twice(family.model, kinds_of(family))
+    first, second, small = twice(family)
     joined = first.then(second)
     assert joined.ratio > first.ratio
     report = sir.verify(family.model, small, joined)
     assert report.sound
     assert report.moved > 0.01
-    for backend in ("module", "graph"):
-        straight = sir.shear(family.model, joined, backend=backend)  # type: ignore[arg-type]
+    for straight in (sir.shear(family.model, joined), family.sheared_graph(joined)):
         assert {n: p.shape for n, p in straight.named_parameters()} == {
             n: p.shape for n, p in small.named_parameters() if n in dict(straight.named_parameters())
         }
@@ -68,7 +68,8 @@ def test_uneven_layers_are_saved_loaded_and_pruned_again(name: str, tmp_path: Pa
     assert not saved.stock
     loaded = sir.load(saved.path)
     assert same(outputs(loaded, family.feed), outputs(once, family.feed))
-    second = sir.plan(sir.trace(loaded), ratio=0.05, kinds=["ffn"], uniform=False)
+    program = sir.trace(loaded)
+    second = sir.plan(program, ratio=0.05, kinds=["ffn"], allocation="isomorphic")
     small = sir.shear(loaded, second)
     assert sir.verify(model, small, first.then(second)).sound
     again = sir.load(sir.save(small, tmp_path / "twice").path)
@@ -78,10 +79,10 @@ def test_uneven_layers_are_saved_loaded_and_pruned_again(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "qwen3", "bart"])
 def test_layers_that_compete_end_up_uneven_and_sound(name: str, tmp_path: Path) -> None:
     family = traced(name)
-    plan = sir.plan(family.program, ratio=0.3, kinds=kinds_of(family), uniform=False)
+    plan = sir.plan(family.program, ratio=0.3, kinds=kinds_of(family), allocation="isomorphic")
     left = {kind: {len(c.kept) for c in plan.cuts if c.kind == kind} for kind in kinds_of(family)}
     assert any(len(counts) > 1 for counts in left.values())
-    for backend in ("module", "graph"):
-        assert sir.verify(family.model, sir.shear(family.model, plan, backend=backend), plan).sound  # type: ignore[arg-type]
     small = sir.shear(family.model, plan)
+    for each in (small, family.sheared_graph(plan)):
+        assert sir.verify(family.model, each, plan).sound
     assert same(outputs(sir.load(sir.save(small, tmp_path / "out").path), family.feed), outputs(small, family.feed))

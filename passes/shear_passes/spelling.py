@@ -133,8 +133,8 @@ def _word(wanted: Any) -> str:
     if typing.get_origin(wanted) in (tuple, list, frozenset):
         item = _word(typing.get_args(wanted)[0])
         return f"[{item},{item}]"
-    if typing.get_args(wanted):
-        return "|".join(_word(a) if isinstance(a, type) else str(a) for a in typing.get_args(wanted))
+    if choices := typing.get_args(wanted):
+        return "|".join(_word(c) if isinstance(c, type) or typing.get_args(c) else str(c) for c in choices)
     words = {bool: "True|False", int: "NUMBER", float: "NUMBER", str: "WORD"}
     return words.get(wanted) or str(wanted.__name__).lower()
 

@@ -71,7 +71,7 @@ def lorashear(
     from shear_ir.workflow.run import lorashear as run
 
     load_data(data)
-    choices = options.given(round_to=round_to, kinds=kinds and tuple(kinds), only=only and tuple(only),
+    choices = options.given(round_to=options.steps(round_to), kinds=kinds and tuple(kinds), only=only and tuple(only),
                             skip=skip and tuple(skip))  # fmt: skip
     with console.Told() as told:
         told("loading", 0, 1)

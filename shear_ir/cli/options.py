@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from shear_ir.errors import PlanError
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+# Spelled here too, so that --help loads no torch; a test compares them.
+Allocation = Literal["uniform", "global", "isomorphic", "by-knowledge"]
+Budget = Literal["parameters", "bytes", "flops", "kv_bytes"]
 
 ModelArgument = Annotated[
     str,
@@ -42,15 +47,30 @@ ImportanceOption = Annotated[
     typer.Option(help="Criterion that says which units matter.", show_default="magnitude; order without weights"),
 ]
 RoundToOption = Annotated[
-    int | None, typer.Option(help="What stays is a multiple of this, heads excepted.", show_default="1", min=1)
-]
-UniformOption = Annotated[
-    bool | None,
+    list[str] | None,
     typer.Option(
-        "--uniform/--global",
-        help="Every layer loses the same share, or units compete across layers.",
+        metavar="N|KIND=N", help="What stays is a multiple of this, heads and experts excepted; repeatable by kind.",
+        show_default="1",
+    ),
+]  # fmt: skip
+AllocationOption = Annotated[
+    Allocation | None,
+    typer.Option(
+        help="How layers share what goes: evenly (one config can describe it), by rank, or by measured knowledge.",
         show_default="uniform",
     ),
+]
+KnowledgeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--knowledge", metavar="FILE", help="What shear-ir knowledge wrote, for --allocation by-knowledge.",
+        show_default=False,
+    ),
+]  # fmt: skip
+BudgetOption = Annotated[Budget | None, typer.Option(help="What --ratio is a share of.", show_default="parameters")]
+FloorOption = Annotated[
+    float | None,
+    typer.Option(help="The share of its units that stays in every layer at least.", show_default="0", min=0, max=1),
 ]
 OnlyOption = Annotated[
     list[str] | None,
@@ -94,6 +114,19 @@ GradientCheckpointingOption = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Keep fewer activations: slower, in less memory.")
 ]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the model for training.")]
+
+
+def steps(words: list[str] | None) -> int | dict[str, int] | None:
+    """What ``--round-to`` says: a number, or numbers by kind. Raises ``PlanError``."""
+    if not words:
+        return None
+    found: dict[str, int] = {}
+    for word in words:
+        kind, equals, number = word.rpartition("=")
+        if not number.isdecimal() or int(number) < 1 or bool(equals) != bool(kind):
+            raise PlanError(f"--round-to takes a number from 1 up, as in 64 or ffn=64, not '{word}'")
+        found[kind] = int(number)
+    return found[""] if set(found) == {""} else found
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -37,7 +37,10 @@ def prune(
     ] = False,
     importance: options.ImportanceOption = None,
     round_to: options.RoundToOption = None,
-    uniform: options.UniformOption = None,
+    allocation: options.AllocationOption = None,
+    knowledge: options.KnowledgeOption = None,
+    budget: options.BudgetOption = None,
+    floor: options.FloorOption = None,
     only: options.OnlyOption = None,
     skip: options.SkipOption = None,
     kinds: options.KindsOption = None,
@@ -61,8 +64,8 @@ def prune(
     holds only a config can be planned with --dry-run.
     """
     choices = options.given(
-        importance=importance, round_to=round_to, uniform=uniform, only=only, skip=skip, kinds=kinds, seed=seed,
-        stock=stock,
+        importance=importance, round_to=options.steps(round_to), allocation=allocation, knowledge=knowledge,
+        budget=budget, floor=floor, only=only, skip=skip, kinds=kinds, seed=seed, stock=stock,
     )  # fmt: skip
     asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge)
     asked.check()
@@ -157,5 +160,16 @@ class _Asked:
             ready.require(program.digest)
             return ready
         assert self.ratio is not None
-        choices = {"importance": "order", **self.choices} if config_only else self.choices
+        choices = {"importance": "order", **self.choices} if config_only else dict(self.choices)
+        if "knowledge" in choices:
+            choices["knowledge"] = _curves(choices["knowledge"], program)
         return pipeline.plan(program, ratio=self.ratio, **choices)
+
+
+def _curves(path: Path, program: Program) -> dict[str, dict[float, float]]:
+    """What ``shear-ir knowledge`` measured on this model."""
+    from shear_ir.training.knowledge import Knowledge
+
+    found = Knowledge.load(path)
+    found.require(program.digest)
+    return found.curves

@@ -129,10 +129,10 @@ def ranked(rslora: bool) -> Any:
     return adapted("llama_gqa", *QV, **options)
 
 
-@pytest.mark.parametrize(("rslora", "uniform"), [(False, True), (False, False), (True, False)])
-def test_cut_ranks_keep_the_scaling_and_are_rebuilt_by_peft(rslora: bool, uniform: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rslora", "allocation"), [(False, "uniform"), (False, "isomorphic"), (True, "isomorphic")])
+def test_cut_ranks_keep_the_scaling_and_are_rebuilt_by_peft(rslora: bool, allocation: str, tmp_path: Path) -> None:
     model = ranked(rslora)
-    small: Any = sir.shear(model, some(model, "lora_rank", ratio=0.02, uniform=uniform))
+    small: Any = sir.shear(model, some(model, "lora_rank", ratio=0.02, allocation=allocation))
     scalings = {p: m.scaling for p, m in model.named_modules() if hasattr(m, "scaling") and hasattr(m, "lora_A")}
     for path, scaling in scalings.items():
         layer = small.get_submodule(path)

@@ -78,7 +78,20 @@ def test_a_model_of_ones_own_is_verified_against_its_factory(shear: Shear, tmp_p
 def test_a_sheared_model_is_sheared_again_and_the_plans_are_one(
     shear: Shear, llama: Path, pruned: Path, tmp_path: Path
 ) -> None:
-    uneven = ("prune", pruned, "--ratio", "0.1", "--global", "--only", "*.mlp", "--kinds", "ffn", "-o", tmp_path / "b")
+    uneven = (
+        "prune",
+        pruned,
+        "--ratio",
+        "0.1",
+        "--allocation",
+        "isomorphic",
+        "--only",
+        "*.mlp",
+        "--kinds",
+        "ffn",
+        "-o",
+        tmp_path / "b",
+    )
     ran = shear(*uneven)
     assert ran.code == 0
     assert "stock  no (no config of the class has these sizes)" in ran.out
@@ -199,7 +212,7 @@ def test_an_unsound_result_is_not_saved(shear: Shear, tmp_path: Path, monkeypatc
         (("--ratio", "0.2", "-o", "x", "--importance", "magnitud"), "no importance criterion 'magnitud'"),
         (("--plan", "no.json", "-o", "x"), "the plan no.json cannot be read"),
         (("--ratio", "some", "-o", "x"), "Invalid value for '--ratio'"),
-        (("--ratio", "0.2", "-o", "x", "--round-to", "0"), "Invalid value for '--round-to'"),
+        (("--ratio", "0.2", "-o", "x", "--round-to", "0"), "--round-to takes a number from 1 up, as in 64 or ffn=64, not "),
         (("--ratio", "0.2", "-o", "x", "--dtype", "float8"), "Invalid value for '--dtype'"),
         (("--ratio", "0.2", "-o", "x", "--fast"), "No such option: --fast"),
     ],

@@ -11,14 +11,14 @@ from shear_passes.analysis.dump import Dump
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.importance import Order, Random
 from shear_passes.rewrite import DeadCode, Shear
-from shear_passes.select import SelectUniform
+from shear_passes.select import SelectIsomorphic, SelectUniform
 from shear_passes.spelling import known_passes, parse_pipeline
 from tests.zoo import build
 
 PIPELINES: dict[str, list[Pass]] = {
     "find-groups,dump": [FindGroups(), Dump()],
-    "select-uniform{ratio=0.3 round_to=8 uniform=False},shear,dead-code": [
-        SelectUniform(ratio=0.3, round_to=8, uniform=False), Shear(), DeadCode(),
+    "select-isomorphic{ratio=0.3 round_to=[ffn=8,expert=2] floor=0.25},shear,dead-code": [
+        SelectIsomorphic(ratio=0.3, round_to=("ffn=8", "expert=2"), floor=0.25), Shear(), DeadCode(),
     ],
     "select-uniform{importance=random{seed=3} kinds=[ffn,kv_head] seed=7}": [
         SelectUniform(importance=Random(3), kinds=("ffn", "kv_head"), seed=7),
@@ -66,10 +66,10 @@ def test_text_and_objects_make_the_same_program() -> None:
         ("select-uniform{ratoi=1}", "select-uniform has no option 'ratoi'; did you mean ratio?"),
         ("dump{wide=True}", "dump has no option 'wide'; it has none"),
         ("select-uniform{ratio=much}", "select-uniform takes ratio=NUMBER, not ratio=much"),
-        ("select-uniform{round_to=1.5}", "select-uniform takes round_to=NUMBER, not round_to=1.5"),
-        ("select-uniform{uniform=yes}", "select-uniform takes uniform=True|False, not uniform=yes"),
+        ("select-uniform{round_to=1.5}", "select-uniform takes round_to=NUMBER|[WORD,WORD], not round_to=1.5"),
+        ("select-uniform{budget=time}", "select-uniform takes budget=parameters|bytes|flops|kv_bytes, not budget=time"),
         ("select-uniform{kinds=ffn}", "select-uniform takes kinds=[WORD,WORD], not kinds=ffn"),
-        ("select-uniform{importance=randm{seed=1}}", "there is no pass 'randm'; did you mean random or wanda?"),
+        ("select-uniform{importance=randoom{seed=1}}", "there is no pass 'randoom'; did you mean random or wanda?"),
         ("select-uniform{ratio}", "'ratio' is not an option of select-uniform: write name=value"),
         ("shear{plan=a plan=b}", "shear is given plan twice"),
         ("shear,,dump", "the pipeline 'shear,,dump' has an empty place: passes are separated by single commas"),

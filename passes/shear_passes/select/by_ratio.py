@@ -1,0 +1,226 @@
+"""Selection by ratio: how many units stay of each group, solved on the real cost of the model."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from shear_ir.axes import Indices
+from shear_ir.errors import PlanError
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Plan
+from shear_ir.program import Program
+from shear_passes.analysis.cost import CostModel, MeasureCosts
+from shear_passes.analysis.find_groups import FindGroups, Group
+from shear_passes.importance import Importance, Scores, criterion
+from shear_passes.importance.base import Score
+from shear_passes.select.build import Selection, build_plan
+from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
+
+Budget = Literal["parameters", "bytes", "flops", "kv_bytes"]
+BUDGETS: dict[Budget, str] = {
+    "parameters": "parameters", "bytes": "bytes", "flops": "FLOPs", "kv_bytes": "KV bytes per token",
+}  # fmt: skip
+
+Wanted = Callable[[float], Mapping[Group, float]]
+"""From a share, 0 for nothing and 1 for as much as can go, to how many units should stay of each group, unrounded."""
+
+# A group of these is a few large units, which no kernel wants in multiples.
+_COUNTED = (*HEAD_KINDS, "expert", "block")
+
+
+@dataclass(frozen=True)
+class SelectByRatio(Selection):
+    """Removes the least important units until ``ratio`` of the model is gone; a subclass shares that out over groups.
+
+    ``budget``: what ``ratio`` is a share of: parameters, bytes, flops, or kv_bytes of a generated token. What stays of
+    a group is a multiple of ``round_to``, heads, experts and blocks excepted; words such as ``ffn=64`` set it for a
+    kind. ``floor``: the share of its units that stays in every group at least. ``heads``: how many heads stay in
+    every layer, 0 to solve for it. ``only`` and ``skip`` are globs on module paths, ``frozen`` names groups that stay
+    whole. Kinds that a normalisation holds are cut only when named.
+    """
+
+    ratio: float = 0.2
+    importance: str | Importance = "magnitude"
+    round_to: int | tuple[str, ...] = 1
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    seed: int = 0
+    heads: int = 0
+    frozen: tuple[str, ...] = ()
+    budget: Budget = "parameters"
+    floor: float = 0.0
+
+    requires = (FindGroups, MeasureCosts, Importance)
+
+    @abstractmethod
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+        """How ``groups`` share what goes."""
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Plan:
+        """Raises ``PlanError`` when the ratio cannot be reached, saying what can."""
+        counts = self.counts(analyses)
+        criterion_ = self._criterion()
+        scores = analyses.get(criterion_)
+        kept = {g: best(scores[g], count) for g, count in counts.items()}
+        costs, groups = analyses.get(MeasureCosts()), analyses.get(FindGroups())
+        return build_plan(groups, costs, kept, options=self._options(criterion_), reason=f"least by {criterion_}")
+
+    def counts(self, analyses: AnalysisManager) -> dict[Group, int]:
+        """How many units stay of each chosen group; raises as ``run`` does."""
+        self._check()
+        chosen = choose(analyses.get(FindGroups()), self.only, self.skip, self.kinds, self.frozen)
+        return _Solver(self, chosen, analyses.get(self._criterion()), analyses.get(MeasureCosts())).solve()
+
+    def step(self, kind: str) -> int:
+        """What stays of a group of this kind is a multiple of it."""
+        given = self._steps
+        return given.get(kind, 1 if kind in _COUNTED else given.get("", 1))
+
+    @cached_property
+    def _steps(self) -> dict[str, int]:
+        """By kind; for all others under the empty word."""
+        if isinstance(self.round_to, int):
+            return {"": self.round_to}
+        found = {}
+        for word in self.round_to:
+            kind, _, number = word.rpartition("=")
+            if not number.isdecimal():
+                raise PlanError(f"round_to takes a number, or words such as ffn=64, not '{word}'")
+            found[kind] = int(number)
+        return found
+
+    def _check(self) -> None:
+        if not 0.0 < self.ratio < 1.0:
+            raise PlanError(f"ratio is a share between 0 and 1 of the {BUDGETS['parameters']}, not {self.ratio}")
+        if any(step < 1 for step in self._steps.values()):
+            raise PlanError(f"round_to is a number of units from 1 up, not {self.round_to}")
+        if not 0.0 <= self.floor < 1.0:
+            raise PlanError(f"floor is a share of a group's units from 0 to below 1, not {self.floor}")
+        if self.budget not in BUDGETS:
+            raise PlanError(f"there is no budget '{self.budget}'; there are {', '.join(BUDGETS)}")
+
+    def _options(self, used: Importance) -> dict[str, object]:
+        return {
+            "allocation": self.name().removeprefix("select-"), "ratio": self.ratio, "importance": str(used),
+            "round_to": self.round_to if isinstance(self.round_to, int) else list(self.round_to),
+            "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
+            **({"heads": self.heads} if self.heads else {}),
+            **({"frozen": list(self.frozen)} if self.frozen else {}),
+            **({"budget": self.budget} if self.budget != "parameters" else {}),
+            **({"floor": self.floor} if self.floor else {}),
+        }  # fmt: skip
+
+    def _criterion(self) -> Importance:
+        return criterion(self.importance, self.seed) if isinstance(self.importance, str) else self.importance
+
+
+@dataclass
+class _Solver:
+    """Bisection over the share that goes; counts are of units that stay."""
+
+    asked: SelectByRatio
+    chosen: list[Group]
+    scores: Scores
+    costs: CostModel
+
+    def __post_init__(self) -> None:
+        axes = {g.axis for g in self.chosen}
+        self._parameters = self.costs.parameters_in(axes) if self.asked.budget == "parameters" else None
+        self.total = self._cost({g: g.size for g in self.chosen})
+        self.groups = [g for g in self.chosen if self._counts_for(g)]
+        if not self.groups:
+            words = BUDGETS[self.asked.budget]
+            raise PlanError(f"no group of the kinds {', '.join(self.asked.kinds)} changes the {words} of this model")
+        self.wanted = self.asked.wanted(self.groups, self.scores, self.costs.program)
+
+    def solve(self) -> dict[Group, int]:
+        target = self.asked.ratio * self.total
+        most = self.total - self._cost(self._counts(1.0))
+        if most < target:
+            raise PlanError(self._too_much(most))
+        fixed = self._counts(self._bisect(self._counts, target))
+        finest = self._finest()
+        result = fixed
+        # Coarse units (heads) are rounded at the common share; the finest kind then makes up the difference.
+        if finest is not None:
+            fine = self._bisect(lambda share: self._mixed(fixed, share, finest), target)
+            result = self._mixed(fixed, fine, finest)
+        if all(result[g] == g.size for g in self.groups):
+            raise PlanError(
+                f"a ratio of {self.asked.ratio} removes nothing: the smallest step, one unit in every layer "
+                f"(round_to {self.asked.round_to}), is larger"
+            )
+        return result
+
+    def _too_much(self, most: float) -> str:
+        steps = max(self.asked.step(g.kind) for g in self.groups)
+        floor = f" and {self.asked.floor:g} of every group" if self.asked.floor else ""
+        return (
+            f"a ratio of {self.asked.ratio} cannot be reached: with the kinds {', '.join(self.asked.kinds)} and at "
+            f"least one head and {steps} channels left in every layer{floor}, at most "
+            f"{math.floor(1000 * most / self.total) / 1000} of the {BUDGETS[self.asked.budget]} can go"
+        )
+
+    def _bisect(self, counts: Callable[[float], dict[Group, int]], target: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            if self.total - self._cost(counts(middle)) < target:
+                low = middle
+            else:
+                high = middle
+
+        def miss(share: float) -> float:
+            return abs(self.total - self._cost(counts(share)) - target)
+
+        return low if miss(low) < miss(high) else high
+
+    def _finest(self) -> str | None:
+        kinds = {g.kind: g.parameters_per_unit for g in self.groups}
+        return min(kinds, key=kinds.__getitem__) if len(kinds) > 1 else None
+
+    def _mixed(self, fixed: Mapping[Group, int], share: float, kind: str) -> dict[Group, int]:
+        fine = self._counts(share)
+        return {g: fine[g] if g.kind == kind else fixed[g] for g in self.groups}
+
+    def _counts(self, share: float) -> dict[Group, int]:
+        wanted = self.wanted(share)
+        return {g: self._round(g, wanted[g]) for g in self.groups}
+
+    def _round(self, group: Group, wanted: float) -> int:
+        if group.kind in HEAD_KINDS and self.asked.heads:
+            return min(group.size, self.asked.heads)
+        step = self.asked.step(group.kind)
+        least = max(step, step * math.ceil(self.asked.floor * group.size / step))
+        return min(group.size, max(least, step * round(wanted / step)))
+
+    def _counts_for(self, group: Group) -> bool:
+        """Whether the budget sees a loss of its units."""
+        if self.asked.budget in ("parameters", "bytes"):
+            return True
+        return self._cost({group: 1}) < self.total
+
+    def _cost(self, counts: Mapping[Group, int]) -> int:
+        sizes = {g.axis: n for g, n in counts.items()}
+        if self._parameters is not None:
+            return self._parameters({g.axis: g.size for g in self.chosen} | sizes)
+        return int(getattr(self.costs.at(sizes), self.asked.budget))
+
+
+def best(scores: Score, count: int) -> Indices:
+    """The ``count`` units of the highest scores, in order; ties go to the lower index."""
+    if count == len(scores):
+        return np.arange(count)
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    edge = np.partition(ranked, -count)[-count]
+    stays = ranked > edge
+    stays[np.flatnonzero(ranked == edge)[: count - np.count_nonzero(stays)]] = True
+    return np.flatnonzero(stays)
