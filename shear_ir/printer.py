@@ -124,6 +124,15 @@ def dtype_text(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
+def numbers(members: Sequence[int]) -> str:
+    """Sorted numbers as people write them: ``0–31``, ``0, 2, 4``, ``0, 2, …, 30``."""
+    if len(members) > 1 and list(members) == list(range(members[0], members[-1] + 1)):
+        return f"{members[0]}–{members[-1]}"
+    if len(members) > 4:
+        return f"{members[0]}, {members[1]}, …, {members[-1]}"
+    return ", ".join(str(n) for n in members)
+
+
 def _stem(program: Program, node: fx.Node, last: Mapping[str, fx.Node]) -> str:
     path = module_path(node)
     operation = op_text(node).rpartition(".")[2].strip("_")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from pathlib import PurePath
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor, fx
 
 Shape = tuple[int, ...]
 TensorKind = Literal["parameter", "buffer", "constant"]
+
+_FRAME = re.compile(r'File "(.*)", line (\d+), in .*')
+_MACHINERY = ("/torch/", "/peft/tuners/", "/shear_ir/frontend/")
+"""Folders of code that runs a model and is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,23 @@ class Param:
         for size in self.type.shape:
             count *= size
         return count
+
+
+@dataclass(frozen=True)
+class SourceLine:
+    """A line of code; as text without the folder, which tells more of the machine than of the model."""
+
+    file: str
+    line: int
+    code: str
+
+    @property
+    def place(self) -> str:
+        """``modeling_llama.py:241``."""
+        return f"{PurePath(self.file).name}:{self.line}"
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.code}"
 
 
 @dataclass(frozen=True)
@@ -140,14 +163,14 @@ def module_path(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0])
 
 
-def source_line(node: fx.Node) -> str:
-    """The innermost line of the model's source that made the node, as ``file:line code``; empty when unknown."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in str(trace).splitlines() if line.strip()]
+def source_line(node: fx.Node) -> SourceLine | None:
+    """The innermost line of the model's own source that made the node; None when unknown."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     for place in range(len(lines) - 2, -1, -1):
-        if lines[place].startswith("File ") and "/torch/nn/" not in lines[place]:
-            return f"{lines[place]}: {lines[place + 1]}"
-    return ""
+        frame = _FRAME.fullmatch(lines[place])
+        if frame and not any(folder in frame[1] for folder in _MACHINERY):
+            return SourceLine(frame[1], int(frame[2]), lines[place + 1])
+    return None
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

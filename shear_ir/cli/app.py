@@ -10,6 +10,7 @@ import typer
 from shear_ir import __version__
 from shear_ir.cli.dump import dump
 from shear_ir.cli.eval import eval
+from shear_ir.cli.explain import explain
 from shear_ir.cli.groups import groups
 from shear_ir.cli.knowledge import knowledge
 from shear_ir.cli.lorashear import lorashear
@@ -31,6 +32,7 @@ app = typer.Typer(
 _EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
     visualize: ("Draw a model and its groups.", "./my-llama --group ffn0 --layers 0-1 -o ffn0.svg"),
     groups: ("List what can be removed together.", "./my-llama --kind ffn"),
+    explain: ("Say what ties slices together, or froze them.", "./my-llama kv0 -o kv0.svg"),
     dump: ("Print a model as text.", "./my-llama -o program.txt"),
     prune: ("Write a smaller model.", "./my-llama --ratio 0.2 --round-to 64 -o ./my-llama-small"),
     verify: ("Compare a smaller model with its original.", "./my-llama ./my-llama-small"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -142,18 +141,13 @@ class Decisions:
         dims = "; ".join(shown(self.groups, one) for one in results)
         name = op_name(node) if node.op == "call_function" else node.op
         reason = self.groups.axes.barriers.get(node.name, "")
-        lines = (f"barrier: {reason}" if reason else "", f"%{node.name} : {dims} = {name}", _place(node))
-        return "\n".join(line for line in lines if line)
+        lines = (f"barrier: {reason}" if reason else "", f"%{node.name} : {dims} = {name}", source_line(node))
+        return "\n".join(str(line) for line in lines if line)
 
 
 def shown(groups: Groups, dims: Dims) -> str:
     """Dims as text; of those that no parameter has, only the size."""
     return "[" + ", ".join(groups.show(d) if any(map(groups.label, atoms(d))) else str(d.size) for d in dims) + "]"
-
-
-def _place(node: fx.Node) -> str:
-    """``modeling_llama.py:241: code``: a picture does not tell where its maker keeps files."""
-    return re.sub(r'^File ".*?([^/\\"]+)", line (\d+), in [^:]*', r"\1:\2", source_line(node))
 
 
 def _read_for_values(node: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from shear_backends.draw.model import Box, Item, Line, parent
 from shear_ir.axes import Axis, atoms, show
 from shear_ir.errors import ShearError
+from shear_ir.printer import numbers
 from shear_passes.analysis.find_groups import Groups
 
 _LONGEST_TURN = 8
@@ -119,15 +120,6 @@ def parse_layers(text: str, items: Iterable[Item]) -> frozenset[int]:
             raise ShearError(f"layers {text!r}: there is no block {missing}; the model has {have}")
         wanted.update(range(first, last + 1))
     return frozenset(wanted)
-
-
-def numbers(members: Sequence[int]) -> str:
-    """Sorted numbers as people write them: ``0–31``, ``0, 2, 4``, ``0, 2, …, 30``."""
-    if len(members) > 1 and list(members) == list(range(members[0], members[-1] + 1)):
-        return f"{members[0]}–{members[-1]}"
-    if len(members) > 4:
-        return f"{members[0]}, {members[1]}, …, {members[-1]}"
-    return ", ".join(str(n) for n in members)
 
 
 def _blocks(items: Iterable[Item]) -> dict[str, dict[int, list[Item]]]:

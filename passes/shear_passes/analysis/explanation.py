@@ -1,0 +1,88 @@
+"""What an explanation is made of: dims as people read them, and chains of calls between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shear_ir.program import SourceLine
+from shear_passes.analysis.roles import Kind
+
+
+@dataclass(frozen=True)
+class At:
+    """A dim of a value as people read it: ``value`` under its printed name, ``axes`` with the names of groups.
+
+    ``part``: which of the axis's occurrences in the dim is meant, as ``2nd r``; empty where there is one.
+    """
+
+    value: str
+    dim: int
+    axes: str
+    part: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value}, dim {self.dim}" + (f", {self.part}" if self.part else "")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: it ties the dim before it to ``to``; None where it freezes the dim before it instead.
+
+    ``spoils``: entries at removed indices, zero before it, are not zero after it, which is why a later sum freezes.
+    """
+
+    node: str
+    operator: str
+    value: str
+    module: str
+    line: SourceLine | None
+    to: At | None
+    spoils: bool = False
+
+
+@dataclass(frozen=True)
+class Chain:
+    """From ``start`` over ``steps``; ``alike``: the chains of other layers that read the same but for numbers."""
+
+    start: At
+    steps: tuple[Step, ...]
+    alike: tuple[Chain, ...] = field(default=(), compare=False)
+
+    @property
+    def end(self) -> At:
+        """What the chain reaches; the last dim before the call that froze it."""
+        return next((step.to for step in reversed(self.steps) if step.to is not None), self.start)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One axis: what froze it, and what ties each of its slices to ``root`` or to what an earlier chain passed.
+
+    ``seen``: for an axis that no call froze, the operators that it meets.
+    """
+
+    group: str
+    kind: Kind
+    size: int
+    slices: int
+    module: str
+    reason: str
+    rescalable: bool
+    root: At
+    freeze: Chain | None
+    chains: tuple[Chain, ...]
+    seen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The proofs that answer for ``name``: one for a group, one for each axis of a parameter or of one of its dims."""
+
+    name: str
+    owner: str
+    proofs: tuple[Proof, ...]
+
+    def __str__(self) -> str:
+        from shear_passes.analysis.explain_text import text
+
+        return text(self)

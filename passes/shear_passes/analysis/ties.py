@@ -1,0 +1,166 @@
+"""Which occurrences of an axis an operator ties together, and which it freezes: its rule, run alone.
+
+An axis occurs in dims of values. To see what one call says about them, its rule runs once more on operands whose
+leaves are all distinct, as if no other call had been typed: leaves that are one atom afterwards were tied by this call,
+leaves that are frozen were frozen by it. Nothing is recorded while a program is analysed, so that costs nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+
+import networkx as nx
+from torch import fx
+
+from shear_ir.axes import Axis, Dim, Dims, Product, atoms, concat, product, resolve, unify
+from shear_passes.analysis.infer_axes import Axes, Inference
+
+
+@dataclass(frozen=True)
+class Place:
+    """One occurrence of an axis: dim ``dim`` of result ``result`` of a node, and which of that dim's leaves it is."""
+
+    node: str
+    result: int
+    dim: int
+    leaf: int
+
+    @property
+    def slot(self) -> tuple[str, int, int]:
+        """The dim, whichever the leaf."""
+        return self.node, self.result, self.dim
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Call ``node`` makes the occurrences around it in the graph of an axis one; ``number`` tells its ties apart."""
+
+    node: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Local:
+    """What one call says: the atom of each leaf once its rule ran alone, and the places it freezes or sums over."""
+
+    classes: tuple[tuple[Place, ...], ...]
+    frozen: frozenset[Place]
+    summed: frozenset[Place]
+
+
+class Ties:
+    """What each call of an analysed program says about the axes it meets; each is asked at most once."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.node = {node.name: node for node in axes.program.nodes}
+        self._inference = Inference(axes.program)
+        self._local: dict[str, Local] = {}
+        self._home = dict(_homes(axes.program.nodes))
+
+    @cached_property
+    def calls_of(self) -> Mapping[Axis, list[fx.Node]]:
+        """The calls that each axis meets, in graph order."""
+        found: dict[Axis, list[fx.Node]] = {}
+        for node in self.axes.program.calls():
+            for atom in dict.fromkeys(a for n in (*node.all_input_nodes, node) for a in self._atoms(n)):
+                found.setdefault(atom, []).append(node)
+        return found
+
+    def places(self, node: fx.Node, atom: Axis) -> list[Place]:
+        """Where an axis occurs in the results of a node; what only unpacks a result is that result."""
+        home, offset = self._home.get(node.name, (node.name, 0))
+        return [
+            Place(home, result + offset, place, leaf)
+            for result, dims in enumerate(self.axes.of_node.get(node.name, []))
+            for place, dim in enumerate(dims)
+            for leaf, found in enumerate(atoms(dim))
+            if found is atom
+        ]
+
+    def graph(self, atom: Axis) -> nx.Graph[Place | Tie]:
+        """The occurrences of an axis and the calls that tie them: a bipartite graph, linear in the calls it meets."""
+        made: nx.Graph[Place | Tie] = nx.Graph()
+        for call in self.calls_of.get(atom, ()):
+            mine = {p for n in (*call.all_input_nodes, call) for p in self.places(n, atom)}
+            for number, places in enumerate(self.of_call(call).classes):
+                tied = [place for place in places if place in mine]
+                if len(tied) > 1:
+                    made.add_edges_from((place, Tie(call.name, number)) for place in tied)
+        return made
+
+    def of_call(self, node: fx.Node) -> Local:
+        """What a call ties, freezes and sums over."""
+        if node.name not in self._local:
+            self._local[node.name] = self._alone(node)
+        return self._local[node.name]
+
+    def _alone(self, node: fx.Node) -> Local:
+        leaves: dict[Place, Axis] = {}
+        self._inference.of_node = {}
+        for operand in dict.fromkeys(node.all_input_nodes):
+            if operand.name in self.axes.of_node:
+                self._inference.of_node[operand.name] = self._distinct(operand, leaves)
+        before = len(self._inference.contractions)
+        self._inference.call(node)
+        over = [dim for made in self._inference.contractions[before:] for dim in made.over]
+        del self._inference.contractions[before:]
+        # A result may be split more finely elsewhere than this call can know.
+        for dims, wanted in zip(self._inference.of_node.get(node.name, []), self._distinct(node, leaves), strict=False):
+            for dim, other in zip(dims, wanted, strict=True):
+                unify(dim, other)
+        return _local(node, leaves, {a for dim in over for a in atoms(dim)})
+
+    def _distinct(self, node: fx.Node, leaves: dict[Place, Axis]) -> list[Dims]:
+        """The dims of a node with every leaf an atom of its own."""
+        home, offset = self._home.get(node.name, (node.name, 0))
+
+        def renamed(result: int, place: int, dim: Dim) -> Dim:
+            numbers = count()
+            return _renamed(
+                resolve(dim), lambda leaf: leaves.setdefault(Place(home, result, place, next(numbers)), leaf)
+            )
+
+        return [
+            tuple(renamed(result + offset, place, dim) for place, dim in enumerate(dims))
+            for result, dims in enumerate(self.axes.of_node.get(node.name, []))
+        ]
+
+    def _atoms(self, node: fx.Node) -> Iterator[Axis]:
+        return (a for dims in self.axes.of_node.get(node.name, []) for dim in dims for a in atoms(dim))
+
+
+def _homes(nodes: Iterable[fx.Node]) -> Iterator[tuple[str, tuple[str, int]]]:
+    """Each node that only unpacks a result of another: whose, and the number of the result."""
+    for node in nodes:
+        if node.target is operator.getitem:
+            source, number = node.args
+            assert isinstance(source, fx.Node)
+            assert isinstance(number, int)
+            yield node.name, (source.name, number)
+
+
+def _renamed(dim: Dim, leaf: Callable[[Axis], Axis]) -> Dim:
+    """A solved dim with an atom of its own for every leaf, each handed to ``leaf`` in order."""
+    if isinstance(dim, Axis):
+        return leaf(Axis(dim.size))
+    if isinstance(dim, Product):
+        return product([_renamed(factor, leaf) for factor in dim.factors])
+    return concat([_renamed(part, leaf) for part in dim.parts])
+
+
+def _local(node: fx.Node, leaves: Mapping[Place, Axis], over: Collection[Axis]) -> Local:
+    classes: dict[Axis, list[Place]] = {}
+    for place, leaf in leaves.items():
+        for root in atoms(leaf):
+            classes.setdefault(root, []).append(place)
+    held = {root for root in classes if root.freeze is not None and root.freeze.at == node.name}
+    return Local(
+        tuple(map(tuple, classes.values())),
+        frozenset(place for root in held for place in classes[root]),
+        frozenset(place for root in classes.keys() & over for place in classes[root]),
+    )
