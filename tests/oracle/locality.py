@@ -85,7 +85,7 @@ def _weights(model: nn.Module, constants: Mapping[str, Tensor]) -> dict[str, Ten
 
 class _Run(fx.Interpreter):
     def __init__(self, axes: Axes, zeros: Zeros, kept: Kept, weights: Mapping[str, Tensor], seed: int) -> None:
-        super().__init__(fx.GraphModule(nn.Module(), axes.program.graph))
+        super().__init__(nn.Module(), graph=axes.program.graph)
         self.axes, self.zeros, self.kept, self.weights = axes, zeros, kept, weights
         self.generator = torch.Generator().manual_seed(seed)
         self.checked = 0

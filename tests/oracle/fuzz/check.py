@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import shear_ir as sir
 from shear_backends.graph import graph_module, tensors_of
@@ -38,9 +38,11 @@ from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.rules.registry import op_name
 from shear_passes.select.build import build_plan
 from tests.oracle.fuzz.draft import Sketch
+from tests.oracle.fuzz.quick import quick_trace
 from tests.oracle.locality import check_calls
 
 TOLERANCE = 1e-9
+Run = Callable[[Inputs], tuple[Tensor, ...]]
 
 
 class Broken(AssertionError):
@@ -72,50 +74,70 @@ def double() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def check(sketch: Sketch, *, seed: int = 0, modules: bool = False, dynamic: bool = False) -> Seen:
-    """Raise ``Broken``, or whatever the code under test raises, unless all is true of the program."""
+def check(sketch: Sketch, *, seed: int = 0, thorough: bool = False) -> Seen:
+    """Raise ``Broken``, or whatever the code under test raises, unless all is true of the program.
+
+    ``thorough``: traced by torch.export, which must see the same operators, and cut by both backends; without, the
+    graph is run node by node, and one program in four is asked about names and locality.
+    """
     with double(), torch.no_grad():
         model = sketch.build()
-        return check_model(model, [sketch.feed(0), sketch.feed(1)], seed=seed, modules=modules, dynamic=dynamic)
+        feeds = [sketch.feed(0), sketch.feed(1)]
+        if thorough:
+            seen = check_model(model, feeds, seed=seed)
+            if not seen.untraced:
+                _same_operators(seen, quick_trace(model, feeds[0]))
+            return seen
+        case = _Case(model, feeds, quick_trace(model, feeds[0]), random.Random(seed))
+        case.check_plans()
+        if seed % 4 == 0:
+            case.check_names()
+            case.check_locality()
+        return case.seen
 
 
-def check_model(
-    model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0, modules: bool = False, dynamic: bool = False
-) -> Seen:
-    """As ``check`` for any module, traced with the first of ``feeds``."""
-    seen = Seen()
+def check_model(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0) -> Seen:
+    """All of it, for any module; it is traced with the first of ``feeds``."""
     try:
-        program = sir.trace(model, feeds[0], dynamic=dynamic)
+        program = sir.trace(model, feeds[0])
     except sir.TraceError as failure:
-        seen.untraced = str(failure)
-        return seen
-    case = _Case(model, feeds, program, sir.groups(program), random.Random(seed), seen)
-    case.count()
+        return Seen(untraced=str(failure))
+    case = _Case(model, feeds, program, random.Random(seed), thorough=True)
     case.check_names()
-    check_calls(model, case.groups.axes, case.groups.zeros, feeds[0], rounds=1, seed=seed)
+    case.check_locality()
     case.check_plans()
-    if modules:
-        case.check_modules()
-    return seen
+    case.check_modules()
+    return case.seen
 
 
-@dataclass
+def _same_operators(seen: Seen, other: Program) -> None:
+    quick = Counter(op_name(node) for node in other.calls())
+    if quick != seen.ops:
+        raise Broken(f"torch.export and its tracer differ: {seen.ops - quick} against {quick - seen.ops}")
+
+
 class _Case:
-    model: nn.Module
-    feeds: Sequence[Inputs]
-    program: Program
-    groups: Groups
-    rng: random.Random
-    seen: Seen
+    """One module, its program and its groups."""
 
-    def count(self) -> None:
-        self.seen.ops.update(op_name(node) for node in self.program.calls())
+    def __init__(
+        self, model: nn.Module, feeds: Sequence[Inputs], program: Program, rng: random.Random, thorough: bool = False
+    ) -> None:
+        self.model, self.feeds, self.program, self.rng, self.thorough = model, feeds, program, rng, thorough
+        self.groups = sir.groups(program)
         wide = [g for g in self.groups if g.size > 1]
         self.able = [g for g in wide if g.prunable or g.rescalable]
-        self.seen.groups, self.seen.prunable = len(wide), len(self.able)
         reasons = (_reason(g).partition(" at %")[0].partition(":")[0] for g in wide if g not in self.able)
-        self.seen.frozen.update(reason for reason in reasons)
-        self.dense = [_outputs(self.model, feed) for feed in self.feeds]
+        self.seen = Seen(
+            ops=Counter(op_name(node) for node in program.calls()),
+            groups=len(wide),
+            prunable=len(self.able),
+            frozen=Counter(reasons),
+        )
+        self.dense = [_outputs(model, feed) for feed in feeds]
+
+    def check_locality(self) -> None:
+        """Every call on its own."""
+        check_calls(self.model, self.groups.axes, self.groups.zeros, self.feeds[0], rounds=1)
 
     def check_plans(self) -> None:
         """Some groups alone, all together, and what is left of them once more."""
@@ -139,13 +161,25 @@ class _Case:
     def check_plan(self, plan: Plan) -> Program:
         """The graph computes what the masked original does."""
         small = shear_program(self.groups, plan)
-        if not self.seen.plans:
-            verify_program(small, blame=_cuts(plan))
-        found = graph_module(small, cut_tensors(tensors_of(self.model), plan.kept))
-        self.compare(plan, lambda feed: _tensors(found(**feed)), "the graph")
+        self.compare(plan, self.runs(small, cut_tensors(tensors_of(self.model), plan.kept)), "the graph")
         return small
 
-    def compare(self, plan: Plan, run: Callable[[Inputs], tuple[Tensor, ...]], what: str) -> None:
+    def runs(self, program: Program, tensors: Mapping[str, Tensor]) -> Run:
+        """A cut program as a function: by the graph backend, or node by node."""
+        if self.thorough:
+            verify_program(program)
+            module = graph_module(program, tensors)
+            return lambda feed: _tensors(module(**feed))
+        interpreter = fx.Interpreter(nn.Module(), graph=program.graph)
+
+        def run(feed: Inputs) -> tuple[Tensor, ...]:
+            named = {**tensors, **program.constants, **feed}
+            names = (program.of_placeholder.get(n.name, n.name) for n in program.nodes if n.op == "placeholder")
+            return _tensors(interpreter.run(*(named[name] for name in names), enable_io_processing=False))
+
+        return run
+
+    def compare(self, plan: Plan, run: Run, what: str) -> None:
         reference = masked(self.model, plan.kept)
         self.seen.plans += 1
         moved = 0.0
@@ -169,9 +203,9 @@ class _Case:
             return
         second = self.plan(left, able, fewest=1)
         joined = first.then(second)
-        twice = graph_module(shear_program(left, second), _cut(_cut(tensors_of(self.model), first), second))
+        tensors = cut_tensors(cut_tensors(tensors_of(self.model), first.kept), second.kept)
         self.check_plan(joined)
-        self.compare(joined, lambda feed: _tensors(twice(**feed)), "the graph cut twice")
+        self.compare(joined, self.runs(shear_program(left, second), tensors), "the graph cut twice")
 
     def check_modules(self) -> None:
         """The module backend's result, where it gives one."""
@@ -245,10 +279,6 @@ def _reason(group: Group) -> str:
 
 def _cuts(plan: Plan) -> str:
     return "; ".join(f"{c.group} keeping {c.kept.tolist()} of {c.size}" for c in plan.cuts)
-
-
-def _cut(tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
-    return cut_tensors(tensors, plan.kept)
 
 
 def _outputs(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
