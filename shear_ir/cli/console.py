@@ -59,6 +59,10 @@ class Steps:
         self.seconds[name] = time.perf_counter() - started
         self._progress.advance(self._task)
 
+    def tell(self, what: str, done: int, total: int | None) -> None:
+        """How far the step at hand is."""
+        self._progress.update(self._task, description=f"{what} {done}/{'?' if total is None else total}")
+
 
 class Told:
     """Long work that says how far it is: call it with what is being done, how much is done, and how much there is.

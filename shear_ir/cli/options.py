@@ -44,7 +44,11 @@ PlanOption = Annotated[
 ]
 ImportanceOption = Annotated[
     str | None,
-    typer.Option(help="Criterion that says which units matter.", show_default="magnitude; order without weights"),
+    typer.Option(
+        metavar="NAME",
+        show_default="flap with --data, magnitude without, order without weights",
+        help="Criterion that says which units matter: wanda, 'taylor{order=mixed}', package.module:function ...",
+    ),
 ]
 RoundToOption = Annotated[
     list[str] | None,
@@ -96,6 +100,16 @@ StockOption = Annotated[
     ),
 ]
 
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="FILE", show_default=False,
+        help="Text to judge units by: a data.yaml that names sources, or one file of rows (.txt, .jsonl, .parquet).",
+    ),
+]  # fmt: skip
+SamplesOption = Annotated[
+    int | None, typer.Option(help="Rows of --data to look at, from all sources alike.", show_default="128", min=1)
+]
 DataOption = Annotated[
     Path,
     typer.Option(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shear_ir.cli import console, options, report
+from shear_ir.cli import console, options, report, scoring
 from shear_ir.cli.models import open_model
 from shear_ir.errors import PlanError, SaveError, ShearError
 
 if TYPE_CHECKING:
+    from shear_ir.frontend.load import LoadedModel
     from shear_ir.plans import Plan
     from shear_ir.program import Program
 
@@ -36,6 +37,9 @@ def prune(
         bool, typer.Option("--no-verify", help="Save without comparing with the masked original.")
     ] = False,
     importance: options.ImportanceOption = None,
+    data: options.CalibrationOption = None,
+    samples: options.SamplesOption = None,
+    device: options.DeviceOption = None,
     round_to: options.RoundToOption = None,
     allocation: options.AllocationOption = None,
     knowledge: options.KnowledgeOption = None,
@@ -67,8 +71,11 @@ def prune(
         importance=importance, round_to=options.steps(round_to), allocation=allocation, knowledge=knowledge,
         budget=budget, floor=floor, only=only, skip=skip, kinds=kinds, seed=seed, stock=stock,
     )  # fmt: skip
-    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge)
+    read = None if data is None else scoring.Read(data, samples, device)
+    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read)
     asked.check()
+    if samples is not None and data is None:
+        raise PlanError("--samples is a number of rows of --data: give --data FILE")
     with console.Steps(*asked.steps()) as step:
         result = asked.run(step, trust_remote_code, dtype)
     if plan_out is not None:
@@ -95,13 +102,15 @@ class _Asked:
     plan_out: Path | None
     verify: bool
     merge: bool
+    read: scoring.Read | None = None
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
         if (self.ratio is None) == (self.file is None):
             raise ShearError("give either --ratio or --plan, which say what goes")
-        if self.file is not None and self.choices:
-            spelled = ", ".join(f"--{name.replace('_', '-')}" for name in self.choices)
+        if self.file is not None and (self.choices or self.read):
+            names = [*self.choices, *(["data"] if self.read else [])]
+            spelled = ", ".join(f"--{name.replace('_', '-')}" for name in names)
             raise ShearError(f"--plan says already what goes: leave out {spelled}")
         if self.ratio is not None and not 0.0 < self.ratio < 1.0:
             raise PlanError(f"--ratio is a share of the parameters between 0 and 1, not {self.ratio:g}")
@@ -109,11 +118,11 @@ class _Asked:
             raise SaveError("give -o OUT, the folder to write, or --dry-run")
         console.refuse_file(self.plan_out, ".json")
         from shear_backends.folder import refuse_existing
-        from shear_passes.importance import criterion
 
         if self.out is not None and not self.dry_run:
             refuse_existing(self.out, self.force)
-        criterion(self.choices.get("importance", "magnitude"))
+        if "importance" in self.choices:
+            scoring.require_data(self.choices["importance"], self.read, self.choices.get("seed", 0))
 
     def steps(self) -> list[str]:
         """The names of the steps that ``run`` takes."""
@@ -138,7 +147,7 @@ class _Asked:
         with step("analysing"):
             groups = pipeline.groups(program)
         with step("selecting"):
-            plan = self._plan(ready, program, loaded.config_only)
+            plan = self._plan(loaded, program, step, trust) if ready is None else ready
         result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds)
         if self.dry_run or self.out is None:
             return result
@@ -152,18 +161,12 @@ class _Asked:
             result.saved = pipeline.save(small, self.out, source=loaded.source, force=self.force)
         return result
 
-    def _plan(self, ready: Plan | None, program: Program, config_only: bool) -> Plan:
-        """The plan that was read, if it fits, or a new one; without weights the first units stay."""
-        from shear_ir import pipeline
-
-        if ready is not None:
-            ready.require(program.digest)
-            return ready
-        assert self.ratio is not None
-        choices = {"importance": "order", **self.choices} if config_only else dict(self.choices)
+    def _plan(self, loaded: LoadedModel, program: Program, step: console.Steps, trust: bool) -> Plan:
+        """A new plan; without weights the first units stay."""
+        choices = {**({"importance": "order"} if loaded.config_only else {}), **self.choices, "ratio": self.ratio}
         if "knowledge" in choices:
             choices["knowledge"] = _curves(choices["knowledge"], program)
-        return pipeline.plan(program, ratio=self.ratio, **choices)
+        return scoring.planned(loaded, program, step, self.read, trust, choices)
 
 
 def _curves(path: Path, program: Program) -> dict[str, dict[float, float]]:

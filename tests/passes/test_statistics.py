@@ -83,12 +83,13 @@ def test_stacked_experts_are_watched_by_the_products_they_take_part_in() -> None
     assert found.count == 3 * sum(x[..., 0].numel() for x in seen)
 
 
-def test_experts_one_by_one_and_as_one_product_are_read_alike() -> None:
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_experts_are_read_alike_however_they_are_run(implementation: str) -> None:
     model: Any = build("olmoe")
     key = ("model.layers.0.mlp.experts.down_proj", 2)
     one = read(model, batches())[key]
     program = sir.trace(model)
-    model.set_experts_implementation("eager")
+    model.set_experts_implementation(implementation)
     manager = sir.analyses(program)
     manager.put(Data(), Calibration(model, batches()))
     other = manager.get(ReadStatistics())[key]

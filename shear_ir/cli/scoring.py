@@ -1,0 +1,79 @@
+"""Scoring units by data: what ``--data``, ``--samples`` and ``--device`` say, and the plan that comes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shear_ir.cli import console
+from shear_ir.errors import LoadError, PlanError
+
+if TYPE_CHECKING:
+    from shear_ir.cli.options import Device
+    from shear_ir.frontend.load import LoadedModel
+    from shear_ir.plans import Plan
+    from shear_ir.program import Program
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows of text to judge units by: ``samples`` of ``file``, all in all, run on ``device``."""
+
+    file: Path
+    samples: int | None = None
+    device: Device | None = None
+
+
+def require_data(name: str, read: Read | None, seed: int = 0) -> None:
+    """Raise ``PlanError`` for a criterion that does not exist, or that looks at data where there is none."""
+    from shear_passes.importance import criterion
+
+    if criterion(name, seed).statistics() and read is None:
+        raise PlanError(f"{name} looks at data: give --data FILE, or --importance magnitude")
+
+
+def planned(
+    loaded: LoadedModel, program: Program, step: console.Steps, read: Read | None, trust: bool, choices: dict[str, Any]
+) -> Plan:
+    """The plan by the criterion that was chosen; the model is on the CPU again afterwards."""
+    from shear_ir import pipeline
+    from shear_passes.importance import default
+
+    choices = {"importance": default(read), **choices}
+    if read is None:
+        return pipeline.plan(program, **choices)
+    data = _batches(loaded, step, read, trust, choices.get("seed", 0))
+    device = _device(read)
+    loaded.model.to(device)
+    try:
+        return pipeline.plan(
+            program, data=data, progress=lambda done, all_: step.tell("scoring", done, all_), **choices
+        )
+    finally:
+        loaded.model.to("cpu")
+
+
+def _batches(loaded: LoadedModel, step: console.Steps, read: Read, trust: bool, seed: int) -> Any:
+    from shear_ir.cli.models import open_tokenizer
+    from shear_ir.training.evaluate import require_readable
+    from shear_ir.workflow.calibration import SAMPLES, calibration_batches
+
+    if loaded.config_only:
+        raise LoadError(f"{loaded.spec} has no weights, only a config: it cannot be run on data")
+    if loaded.source is None:
+        raise LoadError(f"{loaded.spec} has no folder with a tokenizer, so it cannot read the text of --data")
+    tokenizer = open_tokenizer(loaded.source, trust)
+    batches, sources = calibration_batches(
+        read.file, tokenizer, samples=read.samples or SAMPLES, seed=seed, progress=step.tell
+    )
+    require_readable(loaded.model, sources)
+    return batches
+
+
+def _device(read: Read) -> str:
+    import torch
+
+    if read.device == "cuda" and not torch.cuda.is_available():
+        raise LoadError("--device cuda: torch sees no GPU here")
+    return "cuda" if read.device != "cpu" and torch.cuda.is_available() else "cpu"

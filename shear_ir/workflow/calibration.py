@@ -1,0 +1,46 @@
+"""Batches of text to judge units by, from what a user calls data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shear_ir.training.data import Progress, held_out, load_data, prepare
+from shear_ir.training.rows import Rows
+
+SAMPLES = 128
+BATCH = 8
+
+
+def calibration_batches(
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = SAMPLES,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Tensor]], dict[str, Rows]]:
+    """``samples`` rows in batches, from all sources alike, drawn by ``seed``; and the rows by source.
+
+    Of a data.yaml these are rows to train on, so that what is measured later was not looked at; of one file, its rows.
+    Batches hold rows of one source. Raises ``LoadError``.
+    """
+    config = load_data(data, whole=True)
+    if Path(data).suffix.lower() in (".yaml", ".yml"):
+        sources = {name: source.train for name, source in prepare(config, tokenizer, progress).items()}
+    else:
+        sources = held_out(config, tokenizer, progress)
+    draw = torch.Generator().manual_seed(seed)
+    made: list[dict[str, Tensor]] = []
+    left = samples
+    # The smallest first, so that what it lacks comes from the others.
+    for place, (_, rows) in enumerate(sorted(sources.items(), key=lambda item: len(item[1]))):
+        count = min(len(rows), max(1, left // (len(sources) - place))) if left else 0
+        left -= count
+        picked = torch.randperm(len(rows), generator=draw)[:count].sort().values.tolist()
+        made += [rows.batch(picked[start : start + batch]) for start in range(0, count, batch)]
+    return made, sources

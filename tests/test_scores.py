@@ -1,0 +1,98 @@
+"""``sir.scores`` and ``sir.plan`` with data: what is asked for, what is done when nothing is."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+from shear_ir.errors import PlanError
+from shear_passes.importance import DEFAULT_WITH_DATA, Taylor
+from tests.passes.test_criteria import batches, traced
+
+
+def test_several_criteria_are_scored_in_one_pass() -> None:
+    _, program, groups = traced("llama_gqa")
+    found = sir.scores(program, "wanda", Taylor(order=2), data=iter(batches()))
+    assert list(found) == ["wanda", "taylor{order=2}"]
+    assert found["wanda"][groups.by_name["ffn0"]].shape == (44,)
+
+
+def test_a_plan_removes_what_scores_lowest() -> None:
+    model, program, groups = traced("llama_gqa")
+    plan = sir.plan(program, ratio=0.3, importance="wanda", data=batches())
+    found = sir.scores(program, "wanda", data=batches())["wanda"]
+    for cut in plan.cuts:
+        values = found[groups.by_name[cut.group]]
+        gone = np.setdiff1d(np.arange(cut.size), cut.kept)
+        assert values[gone].max() < values[cut.kept].min()
+    small = sir.shear(model, plan)
+    sir.verify(model, small, plan).raise_if_unsound()
+
+
+def test_the_default_looks_at_data_where_there_is_some() -> None:
+    _, program, _ = traced("llama_gqa")
+    assert sir.plan(program, ratio=0.2, data=batches()).options["importance"] == DEFAULT_WITH_DATA
+
+
+def test_without_data_the_default_says_what_it_costs() -> None:
+    _, program, _ = traced("llama_gqa")
+    with pytest.warns(UserWarning, match="magnitude alone ruins language models: pass data") as told:
+        assert sir.plan(program, ratio=0.2).options["importance"] == "magnitude"
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sir.plan(program, ratio=0.2, importance="magnitude")
+        sir.plan(traced("vit")[1], ratio=0.2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "vit", "mixtral", "mixtral_batched", "resnet"])
+def test_every_family_is_judged_by_data(family: str) -> None:
+    _, program, groups = traced(family)
+    data: Any = batches()
+    if family in ("vit", "resnet"):
+        data = [torch.randn(2, 3, 30, 30)]
+    elif family == "t5":
+        data = [{**b, "decoder_input_ids": b["input_ids"][:, :7]} for b in data]
+    kinds = ["conv_channel"] if family == "resnet" else ["ffn", "kv_head"]
+    found = sir.scores(program, "wanda", "flap", "minitron", data=data)
+    for group in (g for g in groups if g.prunable and g.kind in kinds):
+        for name, values in found.items():
+            assert (values[group] > 0).all(), (name, group.name)
+
+
+def test_weights_that_have_changed_are_scored_anew() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    program = sir.trace(model, torch.randn(3, 6))
+    data = [torch.randn(7, 6)]
+    group = next(g for g in sir.groups(program) if g.size == 10)
+    before = sir.scores(program, "wanda", data=data)["wanda"][group]
+    with torch.no_grad():
+        model[2].weight.mul_(2.0)  # type: ignore[operator, union-attr]
+    np.testing.assert_allclose(sir.scores(program, "wanda", data=data)["wanda"][group], 2 * before, rtol=1e-5)
+
+
+def test_a_function_of_outputs_and_batch_is_the_loss() -> None:
+    model = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    program = sir.trace(model, torch.randn(3, 6))
+
+    def loss(outputs: Tensor, feed: Any) -> Tensor:
+        return outputs.square().mean()
+
+    found = sir.scores(program, "taylor", data=[torch.randn(7, 6)], loss=loss)["taylor"]
+    assert all((values > 0).all() for values in found.values())
+    with pytest.raises(PlanError, match="this criterion needs a loss, and Sequential gives none"):
+        sir.scores(program, "taylor", data=[torch.randn(7, 6)])
+
+
+def test_a_program_whose_model_is_gone_is_not_run_on_data() -> None:
+    program = sir.trace(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)), torch.randn(3, 6))
+    gc.collect()
+    with pytest.raises(PlanError, match="the model of this program is gone"):
+        sir.scores(program, "wanda", data=[torch.randn(7, 6)])
