@@ -152,17 +152,19 @@ def scores(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> dict[str, Scores]:
-    """The scores of several criteria, measured in one pass over ``data``: criterion as text to group to array.
+    """The scores of several criteria, measured in one pass over ``data``: name, or object as text, to group to array.
 
     The least important unit of a group has its lowest score. Arguments are those of ``plan``. Raises ``PlanError``.
     """
-    criteria = [chosen(wanted, program, data, seed) for wanted in importance or (None,)]
+    made = [(wanted, chosen(wanted, program, data, seed)) for wanted in importance or (None,)]
+    criteria = {wanted if isinstance(wanted, str) else str(criterion): criterion for wanted, criterion in made}
     manager = analyses(program)
     manager.get(FindGroups())
     fork = prepared(
-        manager, criteria, weights=manager.weights, model=_model_of(program), data=data, loss=loss, progress=progress
-    )
-    return {str(criterion): fork.get(criterion) for criterion in criteria}
+        manager, list(criteria.values()), weights=manager.weights, model=_model_of(program), data=data, loss=loss,
+        progress=progress,
+    )  # fmt: skip
+    return {name: fork.get(criterion) for name, criterion in criteria.items()}
 
 
 def shear(
