@@ -6,8 +6,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,8 +57,9 @@ class Cut:
 class Plan:
     """What goes and what stays of one model, with what that saves.
 
-    ``digest`` names the shapes of the model the plan was made for. ``frozen``: group name to why it was left alone.
-    ``options``: how the plan was asked for.
+    ``digest`` names the shapes of the model the plan was made for. ``gone``: modules of lists that leave as a whole;
+    those behind them move up. ``names``: groups of what is left whose name changes by that, to the name they have
+    here. ``frozen``: group name to why it was left alone. ``options``: how the plan was asked for.
     """
 
     digest: str
@@ -68,6 +70,8 @@ class Plan:
     after: Costs
     frozen: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    gone: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -84,6 +88,7 @@ class Plan:
 
     def then(self, later: Plan) -> Plan:
         """One plan for this cut followed by ``later``, which was made for the model this one leaves."""
+        later = self._in_my_names(later)
         cuts = {c.group: c for c in self.cuts}
         for cut in later.cuts:
             first = cuts.get(cut.group)
@@ -99,6 +104,27 @@ class Plan:
             after=later.after,
             frozen={**self.frozen, **later.frozen},
             options={"first": dict(self.options), "then": dict(later.options)},
+            gone=tuple(sorted({*self.gone, *later.gone}, key=natural)),
+            names={small: self.names.get(mine, mine) for small, mine in {**self.names, **later.names}.items()},
+        )
+
+    def _in_my_names(self, later: Plan) -> Plan:
+        """``later`` with the names that groups, tensors and modules have here."""
+        if not self.gone:
+            return later
+        for cut in later.cuts:
+            if cut.kind in ("attention_block", "mlp_block"):
+                raise PlanError(
+                    f"{cut.group} counts blocks of layers that are gone: cut them in one plan with the layers"
+                )
+        module = partial(original, gone=self.gone)
+        cuts = [replace(c, group=self.names.get(c.group, c.group), module=module(c.module)) for c in later.cuts]
+        return replace(
+            later,
+            cuts=tuple(cuts),
+            kept={module(name): dims for name, dims in later.kept.items()},
+            frozen={self.names.get(name, name): reason for name, reason in later.frozen.items()},
+            gone=tuple(map(module, later.gone)),
         )
 
     def to_json(self) -> str:
@@ -116,6 +142,8 @@ class Plan:
                  "reason": c.reason}
                 for c in self.cuts
             ],
+            **({"gone": list(self.gone)} if self.gone else {}),
+            **({"names": dict(self.names)} if self.names else {}),
             "kept": {name: {str(d): intervals(i) for d, i in dims.items()} for name, dims in self.kept.items()},
             "frozen": dict(self.frozen),
         }  # fmt: skip
@@ -141,6 +169,8 @@ class Plan:
             after=Costs(**read.after.model_dump()),
             frozen=read.frozen,
             options=read.options,
+            gone=tuple(read.gone),
+            names=read.names,
         )
 
     def save(self, path: str | Path) -> None:
@@ -155,6 +185,40 @@ class Plan:
         except (OSError, UnicodeDecodeError) as failure:
             raise PlanError(f"the plan {path} cannot be read: {failure}") from failure
         return cls.from_json(text)
+
+
+def renumbered(path: str, gone: Collection[str]) -> str | None:
+    """Where the module or tensor ``path`` is when the modules ``gone`` have left their lists; None when it left too."""
+    parts: list[str] = []
+    up = ""
+    for part in path.split("."):
+        here = f"{up}.{part}" if up else part
+        if here in gone:
+            return None
+        before = [g for g in gone if g.rpartition(".")[0] == up and part.isdigit() and int(_last(g)) < int(part)]
+        parts.append(str(int(part) - len(before)) if before else part)
+        up = here
+    return ".".join(parts)
+
+
+def original(path: str, gone: Collection[str]) -> str:
+    """Where ``path`` was before the modules ``gone`` left their lists: the inverse of ``renumbered``."""
+    up = ""
+    for part in path.split("."):
+        if part.isdigit():
+            for number in sorted(int(_last(g)) for g in gone if g.rpartition(".")[0] == up):
+                part = str(int(part) + (number <= int(part)))
+        up = f"{up}.{part}" if up else part
+    return up
+
+
+def natural(path: str) -> tuple[tuple[bool, int, str], ...]:
+    """A key that sorts paths with their numbers as numbers."""
+    return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split("."))
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -241,3 +305,5 @@ class _Document(_Strict):
     cuts: list[_CutDocument]
     kept: dict[str, dict[Annotated[str, Field(pattern=r"^\d+$")], _Spans]]
     frozen: dict[str, str] = {}
+    gone: list[Annotated[str, Field(pattern=r"^(.+\.)?\d+$")]] = []
+    names: dict[str, str] = {}

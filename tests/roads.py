@@ -18,8 +18,8 @@ from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
-from shear_passes.analysis.find_groups import Group, Groups
-from shear_passes.rewrite.shear import cut_tensors, shear_program
+from shear_passes.analysis.find_groups import BlockGroup, Group, Groups
+from shear_passes.rewrite.shear import shear_program, shear_tensors
 from shear_passes.select.build import build_plan
 from tests.zoo import FAMILIES
 
@@ -35,6 +35,16 @@ class Traced:
     groups: Groups
     feed: Inputs
 
+    @functools.cached_property
+    def dynamic(self) -> Program:
+        """The program for any batch and length."""
+        return sir.trace(self.model, dynamic=True)
+
+    def sheared_graph(self, plan: Plan) -> nn.Module:
+        """The graph backend's result for any batch and length; one trace serves all plans, as long as it is alive."""
+        assert self.dynamic
+        return sir.shear(self.model, plan, backend="graph")
+
     def able(self, kind: str) -> list[Group]:
         """The groups of this kind that can lose units, in graph order."""
         return [g for g in self.groups if g.kind == kind and g.prunable and g.size > 1]
@@ -46,7 +56,7 @@ class Traced:
 
     def graph(self, plan: Plan) -> nn.Module:
         """The graph backend's result for inputs of the traced sizes, without tracing again."""
-        return graph_module(shear_program(self.groups, plan), cut_tensors(tensors_of(self.model), plan.kept))
+        return graph_module(shear_program(self.groups, plan), shear_tensors(tensors_of(self.model), self.groups, plan))
 
     def report(self, small: nn.Module, plan: Plan) -> Report:
         """``small`` against the masked original, on the traced input alone."""
@@ -94,8 +104,9 @@ def counted(model: nn.Module) -> int:
 
 
 def units(group: Group, share: float, seed: int = 0) -> Any:
-    """Random units of a group: this share of it, and one at least."""
-    return np.random.default_rng(seed).permutation(group.size)[: max(1, int(share * group.size))]
+    """Random units of a group: this share of it, and one at least; of blocks, such as can go."""
+    free = [i for i in range(group.size) if not (isinstance(group, BlockGroup) and i in group.fixed)]
+    return np.random.default_rng(seed).permutation(free)[: max(1, int(share * group.size))]
 
 
 Maker = Callable[[], nn.Module]

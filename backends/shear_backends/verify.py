@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shear_backends.masked_blocks import block_cuts, run_masked
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
 from shear_ir.frontend.adapters import find_adapters
@@ -64,15 +65,18 @@ def verify(
 ) -> Report:
     """Compare ``small`` with ``model`` masked by ``plan`` on random inputs of two batch sizes and lengths.
 
+    Removed slices are zero in the reference, and removed blocks add zero to their streams.
+
     ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
     one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
     """
     worst = scale = moved = 0.0
     with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
         feeds = _feeds(model, inputs, seed)
-        reference = masked(model, plan.kept)
+        reference, blocks = masked(model, plan.kept), block_cuts(plan.cuts)
         for feed in feeds:
-            expected, found, dense = run(reference, feed), run(small, feed), run(model, feed)
+            expected = run_masked(reference, plan.cuts, feed) if blocks else run(reference, feed)
+            found, dense = run(small, feed), run(model, feed)
             worst = _largest([worst, difference(expected, found)])
             moved = _largest([moved, difference(expected, dense)])
             scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])

@@ -18,6 +18,9 @@ HUES: Mapping[Kind, str] = {
     "expert": "#332288",
     "conv_channel": "#44aa99",
     "vocab": "#999933",
+    "block": "#4b0055",
+    "attention_block": "#aa4499",
+    "mlp_block": "#661100",
     "other": "#a6761d",
 }
 """Okabe and Ito's palette, filled up from Paul Tol's; red is left to what goes wrong and to what goes."""

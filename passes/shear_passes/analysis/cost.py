@@ -13,6 +13,7 @@ from shear_ir.axes import Axis, Dim, Product, atoms, evaluate, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.plans import Costs
 from shear_ir.program import Program
+from shear_passes.analysis.block_groups import NOTHING, Gone
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.roles import attention_products
 from shear_passes.analysis.vanish import FindZeros, Zeros
@@ -31,16 +32,18 @@ class CostModel:
     axes: Axes
     zeros: Zeros
 
-    def at(self, sizes: Mapping[Axis, int]) -> Costs:
-        """Costs when the given axes have other sizes."""
+    def at(self, sizes: Mapping[Axis, int], gone: Gone = NOTHING) -> Costs:
+        """Costs when the given axes have other sizes, and without what is ``gone`` with whole blocks."""
 
         def size(atom: Axis) -> int:
             return sizes.get(atom, atom.size)
 
-        return Costs(self.parameters(size), self._bytes(size), self._flops(size), self._kv_bytes(size))
+        return Costs(
+            self.parameters(size, gone), self._bytes(size, gone), self._flops(size, gone), self._kv_bytes(size, gone)
+        )
 
     @cached_property
-    def _terms(self) -> dict[frozenset[Axis], list[tuple[tuple[Axis, ...], int]]]:
+    def _terms(self) -> dict[frozenset[Axis], dict[str, Polynomial]]:
         return {}
 
     @cached_property
@@ -48,36 +51,41 @@ class CostModel:
         """Costs of the model as it is."""
         return self.at({})
 
-    def parameters(self, size: Size) -> int:
+    def parameters(self, size: Size, gone: Gone = NOTHING) -> int:
         """Number of parameters, tied ones once."""
         return sum(
             math.prod(evaluate(d, size) for d in self.axes.of_param[p.name])
             for p in self.program.params.values()
-            if p.kind == "parameter"
+            if p.kind == "parameter" and p.name not in gone.parameters
         )
 
-    def parameters_in(self, atoms: Collection[Axis]) -> Callable[[Mapping[Axis, int]], int]:
+    def parameters_in(self, atoms: Collection[Axis], gone: Gone = NOTHING) -> Callable[[Mapping[Axis, int]], int]:
         """The number of parameters as a function of these atoms' sizes alone, much quicker to evaluate."""
         key = frozenset(atoms)
         if key not in self._terms:
-            total = Polynomial()
-            for param in self.program.params.values():
-                if param.kind == "parameter":
-                    total.update(_product([_polynomial(resolve(d), key) for d in self.axes.of_param[param.name]]))
-            self._terms[key] = list(total.items())
-        terms = self._terms[key]
-        return lambda sizes: sum([factor * math.prod([sizes[a] for a in term]) for term, factor in terms])
+            self._terms[key] = {
+                param.name: _product([_polynomial(resolve(d), key) for d in self.axes.of_param[param.name]])
+                for param in self.program.params.values()
+                if param.kind == "parameter"
+            }
+        total = Polynomial()
+        for name, terms in self._terms[key].items():
+            if name not in gone.parameters:
+                total.update(terms)
+        return lambda sizes: sum([factor * math.prod([sizes[a] for a in term]) for term, factor in total.items()])
 
-    def _bytes(self, size: Size) -> int:
+    def _bytes(self, size: Size, gone: Gone) -> int:
         return sum(
             math.prod(evaluate(d, size) for d in self.axes.of_param[p.name]) * p.type.dtype.itemsize
             for p in self.program.params.values()
-            if p.kind != "constant" and p.persistent
+            if p.kind != "constant" and p.persistent and p.name not in gone.parameters
         )
 
-    def _flops(self, size: Size) -> int:
+    def _flops(self, size: Size, gone: Gone) -> int:
         made = self.axes.contractions
-        counted = [len(c.operands) == 2 or (c.mixed and len(c.operands) == 1) for c in made]
+        counted = [
+            (len(c.operands) == 2 or (c.mixed and len(c.operands) == 1)) and c.node.name not in gone.nodes for c in made
+        ]
         total = sum(self._flops_of(c, made[i + c.inner], size) for i, c in enumerate(made) if counted[i])
         return 2 * total // self._samples()
 
@@ -94,29 +102,30 @@ class CostModel:
             return math.prod(shape) if not self.program.types[name][0].dtype.is_floating_point else shape[0]
         return 1
 
-    def _kv_bytes(self, size: Size) -> int:
+    def _kv_bytes(self, size: Size, gone: Gone) -> int:
         return sum(
             # Dims without a live atom are batch and positions, however they are composed.
             _volume(dims, lambda a, live=live: size(a) if a in live else 1) * itemsize  # type: ignore[misc]
-            for dims, live, itemsize in self._cached
+            for name, dims, live, itemsize in self._cached
+            if name not in gone.nodes
         )
 
     @cached_property
-    def _cached(self) -> list[tuple[list[Dim], Collection[Axis], int]]:
-        """Dims of the keys and values that a cache keeps, the atoms they live on, and bytes per element."""
+    def _cached(self) -> list[tuple[str, list[Dim], Collection[Axis], int]]:
+        """Keys and values that a cache keeps: name, dims, the atoms they live on, and bytes per element."""
         if not self.program.caches:
             return []
         scores, mixes = attention_products(self.axes, self.zeros)
         # Keys are the second factor of the scores; values the last of the mixes.
         kept = [(made.operands[1], made.over) for made in scores]
         kept += [(made.operands[-1], ()) for made in mixes]
-        found: list[tuple[list[Dim], Collection[Axis], int]] = []
+        found: list[tuple[str, list[Dim], Collection[Axis], int]] = []
         for operand, over in kept:
             live = self.zeros.of_node.get(operand.node.name, frozenset())
             kind = self.program.type(operand.node)
             if live and kind is not None:
                 dims = [d for d in (*operand.free, *over) if any(a in live for a in atoms(d))]
-                found.append((dims, live, kind.dtype.itemsize))
+                found.append((operand.node.name, dims, live, kind.dtype.itemsize))
         return found
 
 

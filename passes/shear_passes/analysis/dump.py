@@ -12,14 +12,15 @@ from shear_ir.axes import Dim, atoms, evaluate
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.printer import render
 from shear_ir.program import Param, Program
-from shear_passes.analysis.find_groups import FindGroups, Group, Groups
+from shear_passes.analysis.find_groups import BlockGroup, FindGroups, Group, Groups
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.roles import Kind
 
 KIND_WORDS: dict[Kind, str] = {
     "ffn": "mlp channels", "kv_head": "kv heads", "query_group": "query groups", "head_dim": "head channels",
     "rotary_pair": "rotary pairs", "residual": "residual", "lora_rank": "lora ranks", "expert": "experts",
-    "conv_channel": "conv channels", "vocab": "vocabulary", "other": "other",
+    "conv_channel": "conv channels", "vocab": "vocabulary", "block": "blocks",
+    "attention_block": "attention blocks", "mlp_block": "mlp blocks", "other": "other",
 }  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class _Labels:
         return f"barrier: {reason}" if reason else ""
 
     def footer(self, names: Mapping[str, str]) -> Sequence[str]:
-        return _aligned([_row(group, self.axes, names) for group in self.groups])
+        return _aligned([_row(group, self.axes, names) for group in self.groups.of_axes])
 
     def _show(self, dim: Dim) -> str:
         """A dim with the names of its axes; its size alone when none of them is in a parameter."""
@@ -61,6 +62,8 @@ class _Labels:
 
 def element_count(group: Group, axes: Axes) -> int:
     """How many elements of parameters the units of a group own together."""
+    if isinstance(group, BlockGroup):
+        return group.parameters_per_unit * group.size
     counted = 0
     for name in group.parameters:
         param = axes.program.params[name]

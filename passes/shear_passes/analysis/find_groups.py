@@ -2,87 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
-from shear_ir.axes import Axis, Dim, Dims, Hold, Indices, atoms, evaluate, freeze, owners, resolve, show
+from shear_ir.axes import Axis, Dim, Dims, atoms, evaluate, freeze, resolve, show
 from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.plans import Cut
 from shear_ir.program import Param, Program
+from shear_passes.analysis.block_groups import BLOCK_KINDS, BlockGroup, Gone, Unit, block_groups
+from shear_passes.analysis.group import Group, Slice
 from shear_passes.analysis.infer_axes import Axes, InferAxes
+from shear_passes.analysis.residual_blocks import Block, FindBlocks
 from shear_passes.analysis.roles import Kind, find_roles
 from shear_passes.analysis.vanish import FindZeros, Zeros
 
 _SHORT: dict[Kind, str] = {
     "ffn": "ffn", "kv_head": "kv", "query_group": "q", "head_dim": "d", "rotary_pair": "r", "residual": "h",
     "lora_rank": "rank", "expert": "e", "conv_channel": "c", "vocab": "vocab", "other": "a",
+    "block": "block", "attention_block": "attn", "mlp_block": "mlp",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One place a group's axis occurs in: a dim of a parameter, whose expression says which index is whose."""
-
-    parameter: str
-    dim: int
-    expression: Dim
-    axis: Axis
-
-    @cached_property
-    def index_map(self) -> list[Indices]:
-        """Unit that owns each index of the dim, -1 for none; shape ``(size of the dim,)``, nearly always one array."""
-        return owners(self.expression, self.axis)
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """A prunable axis, or one that would be but for ``reason``. Unit i is index i and the slices it owns."""
-
-    name: str
-    kind: Kind
-    size: int
-    axis: Axis
-    slices: tuple[Slice, ...]
-    parameters_per_unit: int
-    module: str
-
-    @property
-    def prunable(self) -> bool:
-        """Whether units can be removed as they are."""
-        return self.axis.freeze is None
-
-    @property
-    def rescalable(self) -> bool:
-        """Whether only a norm holds the axis that an exact rescaling can lift."""
-        return self.axis.freeze is not None and self.axis.freeze.hold is Hold.NORM
-
-    @property
-    def reason(self) -> str:
-        """Why units cannot be removed; empty when they can."""
-        return "" if self.axis.freeze is None else self.axis.freeze.reason
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the tensors the axis occurs in, in graph order."""
-        return tuple(dict.fromkeys(s.parameter for s in self.slices))
-
-    def __str__(self) -> str:
-        state = "prunable" if self.prunable else f"frozen: {self.reason}"
-        return (
-            f"{self.name:10} {self.kind:12} {self.size:6} units  {len(self.parameters):3} tensors  "
-            f"{self.parameters_per_unit:>12,} parameters per unit  {state}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """All groups of a program in graph order; iterates over them."""
+    """All groups of a program in graph order, those of axes and then those of blocks; iterates over them."""
 
     program: Program
     axes: Axes
     zeros: Zeros
-    all: tuple[Group, ...]
+    of_axes: tuple[Group, ...]
+    blocks: tuple[BlockGroup, ...] = ()
+
+    @cached_property
+    def all(self) -> tuple[Group, ...]:
+        """Every group."""
+        return (*self.of_axes, *self.blocks)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.all)
@@ -98,7 +55,7 @@ class Groups:
     @cached_property
     def by_axis(self) -> Mapping[Axis, Group]:
         """Groups by axis."""
-        return {g.axis: g for g in self.all}
+        return {g.axis: g for g in self.of_axes}
 
     @property
     def prunable(self) -> tuple[Group, ...]:
@@ -114,12 +71,27 @@ class Groups:
         """``dim`` as text with the names of the groups."""
         return show(dim, self.label)
 
+    def units(self, cuts: Iterable[Cut]) -> list[Unit]:
+        """The blocks that these cuts remove."""
+        return [self._blocks[c.group].units[i] for c in cuts if c.kind in BLOCK_KINDS for i in c.removed]
+
+    def names_without(self, gone: Gone) -> dict[str, str]:
+        """The names that groups of axes have in what is left without ``gone``, each with the name it has here."""
+        left = (name for name in self.program.params if name not in gone.parameters)
+        dims = (resolve(dim) for name in left for dim in self.axes.of_param[name])
+        groups = [self.by_axis[atom] for atom in dict.fromkeys(atom for dim in dims for atom in atoms(dim))]
+        return {name: group.name for name, group in zip(_names([g.kind for g in groups]), groups, strict=True)}
+
+    @cached_property
+    def _blocks(self) -> Mapping[str, BlockGroup]:
+        return {g.name: g for g in self.blocks}
+
 
 @dataclass(frozen=True)
 class FindGroups(Analysis[Groups]):
     """Every axis that can lose indices, with the slices it owns in each parameter."""
 
-    requires = (InferAxes, FindZeros)
+    requires = (InferAxes, FindZeros, FindBlocks)
 
     def run(self, program: Program, analyses: AnalysisManager) -> Groups:
         """Linear in the number of nodes and parameters."""
@@ -130,7 +102,14 @@ class FindGroups(Analysis[Groups]):
             if atom.freeze is None and atom not in zeros.contracted:
                 freeze(atom, "no operator sums over the axis: its entries are only picked or passed on")
         kinds = find_roles(program, axes, zeros, slices)
-        return Groups(program, axes, zeros, tuple(_named(program, slices, kinds, axes)))
+        named = tuple(_named(program, slices, kinds, axes))
+        found: tuple[Block, ...] = analyses.get(FindBlocks())
+        blocks = list(block_groups(program, axes, found))
+        return Groups(program, axes, zeros, named, tuple(map(_called, blocks, _names([b.kind for b in blocks]))))
+
+
+def _called(group: BlockGroup, name: str) -> BlockGroup:
+    return replace(group, name=name)
 
 
 def _slices(program: Program, axes: Axes) -> dict[Axis, list[Slice]]:
@@ -146,17 +125,24 @@ def _slices(program: Program, axes: Axes) -> dict[Axis, list[Slice]]:
 def _named(
     program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes
 ) -> Iterator[Group]:
-    total = {kind: sum(1 for k in kinds.values() if k == kind) for kind in set(kinds.values())}
-    counts: dict[Kind, int] = {}
-    for atom, owned in slices.items():
+    names = _names([kinds[atom] for atom in slices])
+    for name, (atom, owned) in zip(names, slices.items(), strict=True):
         kind = kinds[atom]
-        place = counts[kind] = counts.get(kind, -1) + 1
-        name = _SHORT[kind] + (str(place) if total[kind] > 1 else "")
         per_unit = sum(
             _cost(program.params[p], axes.of_param[p], atom) for p in dict.fromkeys(s.parameter for s in owned)
         )
         modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
         yield Group(name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules))
+
+
+def _names(kinds: Sequence[Kind]) -> list[str]:
+    """A name for each group: that of its kind, with a number where there are several."""
+    total, counts = Counter(kinds), Counter[Kind]()
+    found = []
+    for kind in kinds:
+        found.append(_SHORT[kind] + (str(counts[kind]) if total[kind] > 1 else ""))
+        counts[kind] += 1
+    return found
 
 
 def _common(paths: Sequence[str]) -> str:
@@ -175,3 +161,6 @@ def _cost(param: Param, dims: Dims, atom: Axis) -> int:
         before *= dim.size
         after *= evaluate(dim, lambda a: a.size - (a is atom))
     return before - after
+
+
+__all__ = ["BLOCK_KINDS", "BlockGroup", "FindGroups", "Gone", "Group", "Groups", "Slice", "Unit"]

@@ -16,7 +16,7 @@ from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
-    "vocab", "other",
+    "vocab", "block", "attention_block", "mlp_block", "other",
 ]  # fmt: skip
 
 

@@ -17,9 +17,10 @@ from shear_ir.plans import Kept, Plan
 from shear_ir.program import Param, Program, TensorType
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
+from shear_passes.rewrite.drop_blocks import left_of, moved_up, without_blocks
 from shear_passes.rules.registry import entry_of
 from shear_passes.rules.resizing import Change
-from shear_passes.select.build import Selection, checked_masks
+from shear_passes.select.build import Selection, checked_masks, removed_by
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Shear(Rewrite):
 
     def carry(self, weights: Mapping[str, Tensor] | None, analyses: AnalysisManager) -> Mapping[str, Tensor] | None:
         """The weights, cut alike."""
-        return None if weights is None else cut_tensors(weights, self._plan(analyses).kept)
+        return None if weights is None else shear_tensors(weights, analyses.get(FindGroups()), self._plan(analyses))
 
     def _plan(self, analyses: AnalysisManager) -> Plan:
         plan = Plan.load(self.plan) if self.plan else analyses.latest(Selection)  # type: ignore[type-abstract]  # any selection
@@ -50,7 +51,14 @@ def shear_program(groups: Groups, plan: Plan) -> Program:
 
     Raises ``PlanError`` for a plan that was made for another model or that contradicts itself.
     """
-    return _Rewriter(groups.program, groups.axes, checked_masks(groups, plan)).run()
+    masks, gone = checked_masks(groups, plan), removed_by(groups, plan)
+    left = without_blocks(groups.program, groups.units(plan.cuts))
+    return moved_up(_Rewriter(left, groups.axes, masks).run(), gone)
+
+
+def shear_tensors(tensors: Mapping[str, Tensor], groups: Groups, plan: Plan) -> dict[str, Tensor]:
+    """``tensors`` of the dense program as ``shear_program`` wants them: cut, and named as what is left is."""
+    return left_of(cut_tensors(tensors, plan.kept), removed_by(groups, plan))
 
 
 def cut_tensors(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from shear_ir.axes import Axis, Indices, Mask, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis
 from shear_ir.plans import Cut, Plan
+from shear_passes.analysis.block_groups import BLOCK_KINDS, Gone, gone_with
 from shear_passes.analysis.cost import CostModel
 from shear_passes.analysis.find_groups import Group, Groups
 
@@ -25,11 +26,15 @@ def build_plan(
 ) -> Plan:  # fmt: skip
     """The plan in which each group of ``kept`` keeps the given sorted units.
 
-    Raises ``PlanError`` for a group that is frozen, for one that would lose every unit, and when nothing goes.
+    Groups that go with whole blocks are not cut beside. Raises ``PlanError`` for a group or a block that is frozen,
+    for a group that would lose every unit, and when nothing goes.
     """
-    cuts = []
+    cuts: list[Cut] = []
+    blocks = [Cut(g.name, g.kind, g.size, np.asarray(kept[g], np.int64)) for g in groups.blocks if g in kept]
+    gone = removed(groups, blocks)
     for group, units in kept.items():
-        if len(units) == group.size:
+        left = group.kind in BLOCK_KINDS or not gone.parameters.issuperset(group.parameters)
+        if len(units) == group.size or not left:
             continue
         if not (group.prunable or group.rescalable):
             raise PlanError(f"{group.name} cannot lose units: {group.reason}")
@@ -39,16 +44,36 @@ def build_plan(
     if not cuts:
         raise PlanError("the plan removes nothing")
     masks = masks_of(groups, cuts)
+    names = groups.names_without(gone)
     return Plan(
         digest=groups.program.digest,
         model=groups.program.owner,
         cuts=tuple(cuts),
-        kept=_kept(groups, masks),
+        kept=_kept(groups, masks, gone),
         before=costs.now,
-        after=costs.at({atom: int(m.sum()) for atom, m in masks.items()}),
+        after=costs.at({atom: int(m.sum()) for atom, m in masks.items()}, gone),
         frozen={g.name: g.reason for g in groups if not g.prunable},
         options=dict(options or {}),
+        gone=gone.modules,
+        names={small: name for small, name in names.items() if small != name},
     )
+
+
+def removed(groups: Groups, cuts: Sequence[Cut]) -> Gone:
+    """What goes with the blocks that these cuts remove; raises ``PlanError`` for a block that cannot go."""
+    units = groups.units(cuts)
+    for unit in units:
+        if unit.reason:
+            raise PlanError(f"{unit.path} cannot be removed: {unit.reason}")
+    return gone_with(groups.program, units)
+
+
+def removed_by(groups: Groups, plan: Plan) -> Gone:
+    """What goes with the blocks that a plan removes; raises ``PlanError`` where the plan says something else."""
+    found = removed(groups, plan.cuts)
+    if set(found.modules) != set(plan.gone):
+        raise PlanError("the plan contradicts itself: the modules that are gone are not those that its cuts remove")
+    return found
 
 
 def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
@@ -58,7 +83,7 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
     """
     plan.require(groups.program.digest)
     masks = masks_of(groups, plan.cuts)
-    expected = _kept(groups, masks)
+    expected = _kept(groups, masks, removed_by(groups, plan))
     for name in dict.fromkeys((*expected, *plan.kept)):
         mine, given = expected.get(name, {}), plan.kept.get(name, {})
         if mine.keys() != given.keys() or any(not np.array_equal(mine[d], given[d]) for d in mine):
@@ -69,27 +94,31 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
 def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Mask]:
     """Which units of each axis stay; raises ``PlanError`` for a cut that does not fit the groups."""
     masks: dict[Axis, Mask] = {}
+    seen: set[str] = set()
     for cut in cuts:
         group = groups.by_name.get(cut.group)
-        if group is not None and group.axis in masks:
+        if cut.group in seen:
             raise PlanError(f"the plan cuts {cut.group} twice")
+        seen.add(cut.group)
         if group is None or group.size != cut.size or group.kind != cut.kind:
             found = f"has {group.size} {group.kind} units" if group else "does not exist"
             raise PlanError(f"the plan cuts {cut.group} ({cut.size} {cut.kind} units), which in this model {found}")
         if not len(cut.kept):
             raise PlanError(f"the plan removes all {cut.size} units of {cut.group}")
+        if cut.kind in BLOCK_KINDS:  # their axis is in no tensor
+            continue
         stays = np.zeros(cut.size, dtype=bool)
         stays[cut.kept] = True
         masks[group.axis] = stays
     return masks
 
 
-def _kept(groups: Groups, masks: Mapping[Axis, Mask]) -> dict[str, dict[int, Indices]]:
+def _kept(groups: Groups, masks: Mapping[Axis, Mask], gone: Gone) -> dict[str, dict[int, Indices]]:
     touched = {(s.parameter, s.dim): s.expression for g in groups if g.axis in masks for s in g.slices}
     # Dims of one expression, such as gate, up and down of an MLP, share one array.
     stays = {expression: np.flatnonzero(mask(expression, masks)) for expression in set(touched.values())}
     kept: dict[str, dict[int, Indices]] = {}
-    for name in groups.program.params:
+    for name in (n for n in groups.program.params if n not in gone.parameters):
         # Constants belong to the program and are cut with it; a model has no tensor of that name.
         dims = () if groups.program.params[name].kind == "constant" else groups.axes.of_param[name]
         for dim in range(len(dims)):

@@ -1,0 +1,60 @@
+"""The dense model whose removed blocks add zero: the reference for plans that remove blocks.
+
+The traced graph of the dense model runs as it is, but for the operands that these blocks add to their sums: each is
+zeros. Nothing is rewired, and every operator of the blocks still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from shear_backends.graph import graph_module, tensors_of
+from shear_ir.frontend.export import trace
+from shear_ir.frontend.inputs import Inputs
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Cut
+from shear_ir.program import Program
+from shear_passes.analysis.block_groups import BLOCK_KINDS
+from shear_passes.analysis.find_groups import FindGroups
+from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.select.build import masks_of
+
+
+def block_cuts(cuts: Sequence[Cut]) -> list[Cut]:
+    """Those of ``cuts`` that remove blocks."""
+    return [cut for cut in cuts if cut.kind in BLOCK_KINDS]
+
+
+def run_masked(model: nn.Module, cuts: Sequence[Cut], feed: Inputs) -> tuple[Tensor, ...]:
+    """What ``model`` predicts when the blocks that ``cuts`` remove add zero to their streams.
+
+    Raises ``PlanError`` when the model has no such blocks.
+    """
+    program = raise_lora(trace(model, feed))
+    groups = AnalysisManager(program).get(FindGroups())
+    masks_of(groups, block_cuts(cuts))
+    branches = {(node, place) for unit in groups.units(cuts) for block in unit.blocks for node, place in block.branches}
+    return tuple(graph_module(_silenced(program, branches), tensors_of(model))(**feed))
+
+
+def _silenced(program: Program, branches: set[tuple[fx.Node, int]]) -> Program:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in program.nodes:
+        places = [place for place in (0, 1) if (node, place) in branches]
+        zeros = [graph.call_function(torch.ops.aten.zeros_like.default, (_copy(node, place, env),)) for place in places]
+        env[node] = graph.node_copy(node, env.__getitem__)
+        env[node].name = node.name
+        for place, zero in zip(places, zeros, strict=True):
+            env[node].update_arg(place, zero)
+    return replace(program, graph=graph)
+
+
+def _copy(node: fx.Node, place: int, env: dict[fx.Node, fx.Node]) -> fx.Node:
+    operand = node.args[place]
+    assert isinstance(operand, fx.Node)
+    return env[operand]

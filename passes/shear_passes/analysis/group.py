@@ -1,0 +1,64 @@
+"""What leaves together: a group, and the slices of parameters that its units own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from shear_ir.axes import Axis, Dim, Hold, Indices, owners
+from shear_passes.analysis.roles import Kind
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One place a group's axis occurs in: a dim of a parameter, whose expression says which index is whose."""
+
+    parameter: str
+    dim: int
+    expression: Dim
+    axis: Axis
+
+    @cached_property
+    def index_map(self) -> list[Indices]:
+        """Unit that owns each index of the dim, -1 for none; shape ``(size of the dim,)``, nearly always one array."""
+        return owners(self.expression, self.axis)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """A prunable axis, or one that would be but for ``reason``. Unit i is index i and the slices it owns."""
+
+    name: str
+    kind: Kind
+    size: int
+    axis: Axis
+    slices: tuple[Slice, ...]
+    parameters_per_unit: int
+    module: str
+
+    @property
+    def prunable(self) -> bool:
+        """Whether units can be removed as they are."""
+        return self.axis.freeze is None
+
+    @property
+    def rescalable(self) -> bool:
+        """Whether only a norm holds the axis that an exact rescaling can lift."""
+        return self.axis.freeze is not None and self.axis.freeze.hold is Hold.NORM
+
+    @property
+    def reason(self) -> str:
+        """Why units cannot be removed; empty when they can."""
+        return "" if self.axis.freeze is None else self.axis.freeze.reason
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors the axis occurs in, in graph order."""
+        return tuple(dict.fromkeys(s.parameter for s in self.slices))
+
+    def __str__(self) -> str:
+        state = "prunable" if self.prunable else f"frozen: {self.reason}"
+        return (
+            f"{self.name:10} {self.kind:12} {self.size:6} units  {len(self.parameters):3} tensors  "
+            f"{self.parameters_per_unit:>12,} parameters per unit  {state}"
+        )

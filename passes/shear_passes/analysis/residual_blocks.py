@@ -1,0 +1,266 @@
+"""Residual blocks: regions ``y = x + f(x)`` with one entry, x, and one exit, the sum.
+
+The region holds what depends on x and leads to the sum. Whatever else it reads (masks, positions, encoder states,
+parameters) was made without x, so x is its only entry from the stream; that the sum is its only exit is asked of the
+post-dominator tree. Without the block the readers of y read x, which is what they read when f(x) is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import fx
+
+from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.program import Program, operands
+from shear_passes.analysis.infer_axes import InferAxes
+from shear_passes.analysis.roles import attention_products
+from shear_passes.analysis.vanish import FindZeros
+from shear_passes.rules.registry import op_name
+
+_ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
+# What gives back its first operand when the type stays: copies, casts, dropout in evaluation.
+_SAME = frozenset(
+    f"aten.{name}"
+    for name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach",
+                 "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "lift_fresh", "lift_fresh_copy")
+)  # fmt: skip
+# Applied twice these are what they are once, so a sum of nothing to one of their results changes nothing.
+_IDEMPOTENT = frozenset(f"aten.{name}" for name in ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp_min"))
+_SINK = "output"
+# Sums on the way from entry to exit: x + attention(x) + mlp(x), and one to spare.
+_SUMS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """``exit = entry + the branches``. ``branches``: sums, and the place of the operand that the block adds to each.
+
+    ``region``: all that lies between, the exit with it. ``attention``: whether it multiplies activations with each
+    other. ``path``: the smallest module that holds what maps its values. ``reason``: why it cannot go, empty when
+    it can.
+    """
+
+    entry: fx.Node
+    exit: fx.Node
+    branches: tuple[tuple[fx.Node, int], ...]
+    region: frozenset[fx.Node]
+    path: str
+    attention: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FindBlocks(Analysis[tuple[Block, ...]]):
+    """Every residual block in graph order of its exit; of blocks with the same exit the smallest."""
+
+    requires = (InferAxes, FindZeros)
+
+    def run(self, program: Program, analyses: AnalysisManager) -> tuple[Block, ...]:
+        """Linear in the number of nodes, for streams without long skips."""
+        axes = analyses.get(InferAxes())
+        scores, mixes = attention_products(axes, analyses.get(FindZeros()))
+        maps = {c.node for c in axes.contractions if not c.mean}
+        products = {c.node for c in (*scores, *mixes)}
+        return tuple(_Finder(program, maps, products).run())
+
+
+class _Finder:
+    def __init__(self, program: Program, maps: set[fx.Node], products: set[fx.Node]) -> None:
+        self.program = program
+        self.maps = maps
+        self.products = products
+        self.place = {node: i for i, node in enumerate(program.nodes)}
+        self.after = _post_dominators(program)
+        self.written = _written(program)
+
+    def run(self) -> Iterator[Block]:
+        for node in self.program.calls():
+            if op_name(node) in _ADDS:
+                found = list(self._at(node, (), (), _SUMS))
+                if found:
+                    yield max(found, key=lambda block: self.place[block.entry])
+
+    def _at(
+        self, node: fx.Node, below: Sequence[tuple[fx.Node, int]], passed: Sequence[fx.Node], left: int
+    ) -> Iterator[Block]:
+        """Blocks that end in the first of ``below``, or in ``node``, and whose stream comes through ``node``."""
+        for skip in (0, 1):
+            if not self._passes(node, skip):
+                continue
+            branches = (*below, (node, 1 - skip))
+            entry, same = self._stripped(node.args[skip])
+            over = (*passed, node, *same)
+            region = self._region(entry, branches, over)
+            if region is not None:
+                yield self._block(entry, branches, region)
+            elif left > 1 and op_name(entry) in _ADDS:
+                yield from self._at(entry, branches, over, left - 1)
+
+    def _passes(self, node: fx.Node, skip: int) -> bool:
+        """Whether the result is this operand plus the other one, element by element."""
+        if len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+            return False
+        if skip and node.kwargs.get("alpha", 1) != 1:
+            return False
+        return self.program.type(node.args[skip]) == self.program.type(node)  # type: ignore[arg-type]
+
+    def _stripped(self, node: Any) -> tuple[fx.Node, list[fx.Node]]:
+        """What ``node`` is the same as, and the calls in between that change nothing."""
+        same = []
+        while unchanged(self.program, node):
+            same.append(node)
+            node = node.args[0]
+        return node, same
+
+    def _region(
+        self, entry: fx.Node, branches: Sequence[tuple[fx.Node, int]], over: Sequence[fx.Node]
+    ) -> frozenset[fx.Node] | None:
+        """All that depends on the entry and leads to a branch; None where a branch is no map of the entry."""
+        tails = [node.args[place] for node, place in branches]
+        first = self.place[entry]
+        seen: set[fx.Node] = set()
+        stack: list[Any] = [t for t in tails if self.place[t] > first]  # type: ignore[index]
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack += [n for n in node.all_input_nodes if self.place[n] > first]
+        mapped: dict[fx.Node, bool] = {entry: False}
+        for node in sorted(seen, key=self.place.__getitem__):
+            sources = [n for n in node.all_input_nodes if n in mapped and self._carries(n)]
+            if sources:
+                mapped[node] = node in self.maps or any(mapped[n] for n in sources)
+        if not all(mapped.get(t, False) for t in tails):  # type: ignore[arg-type]
+            return None
+        return frozenset({*mapped, *over} - {entry})
+
+    def _carries(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor, and no size of one."""
+        return bool(self.program.types.get(node.name))
+
+    def _block(self, entry: fx.Node, branches: Sequence[tuple[fx.Node, int]], region: frozenset[fx.Node]) -> Block:
+        exit_ = branches[0][0]
+        after = self._idempotent(entry, exit_)
+        if after is not None:
+            exit_, region = after, region | {after}
+        mapping = [node for node in region if node in self.maps]
+        return Block(
+            entry=entry,
+            exit=exit_,
+            branches=tuple(branches),
+            region=region,
+            path=_common([_paths(node) for node in mapping]),
+            attention=any(node in self.products for node in mapping),
+            reason=self._leaving(region, exit_) or self._writing(entry, exit_, region),
+        )
+
+    def _idempotent(self, entry: fx.Node, total: fx.Node) -> fx.Node | None:
+        """The reader of the sum, where it does to the sum what was done to the entry already: relu(x + f(x))."""
+        readers = list(total.users)
+        if len(readers) != 1 or op_name(readers[0]) not in _IDEMPOTENT or op_name(entry) not in _IDEMPOTENT:
+            return None
+        after = readers[0]
+        same = op_name(after).rstrip("_") == op_name(entry).rstrip("_") and after.args[1:] == entry.args[1:]
+        return after if same and after.kwargs == entry.kwargs else None
+
+    def _leaving(self, region: frozenset[fx.Node], exit_: fx.Node) -> str:
+        """What leaves the region beside its exit, as a sentence; empty when nothing does."""
+        if all(self.after.get(node) in region for node in region if node is not exit_):
+            return ""
+        for node in sorted(region - {exit_}, key=self.place.__getitem__):
+            for user in node.users:
+                if user not in region:
+                    return f"%{node.name} leaves the block: %{user.name} = {op_name(user)} reads it"
+        return "a value of the block is read nowhere, so it writes in place"
+
+    def _writing(self, entry: fx.Node, exit_: fx.Node, region: frozenset[fx.Node]) -> str:
+        """What is written in place across the border of the region, as a sentence; empty when nothing is."""
+        elsewhere = any(user not in region for user in entry.users)
+        for writer, target in self.written:
+            said = f"%{writer.name} = {op_name(writer)} writes in place to"
+            if writer in region:
+                if target not in region and writer is not exit_ and not self._summed(writer, target):
+                    return f"{said} %{target.name}, from outside of the block"
+            elif target is entry and self.place[writer] > self.place[entry]:
+                return f"{said} %{target.name}, which the block starts from"
+            elif target is exit_ and elsewhere:
+                return f"{said} what the block leaves, and others read what it starts from"
+        return ""
+
+    def _summed(self, writer: fx.Node, target: fx.Node) -> bool:
+        """Whether a write only adds the branch to the stream: of nothing it changes nothing."""
+        return op_name(writer) == "aten.add_.Tensor" and self._stripped(writer.args[0])[0] is target
+
+
+def unchanged(program: Program, node: fx.Node) -> bool:
+    """Whether a call gives back its first operand as it is."""
+    source = node.args[0] if op_name(node) in _SAME else None
+    if not isinstance(source, fx.Node) or program.type(node) != program.type(source):
+        return False
+    return "dropout" not in op_name(node) or node.args[2] is False
+
+
+def dead_with(blocks: Iterable[Block]) -> set[fx.Node]:
+    """Every node that nothing needs once the readers of each exit read its entry; placeholders among them."""
+    removed = list(blocks)
+    dead = {node for block in removed for node in block.region}
+    needed = {block.entry for block in removed}
+    stack = [source for node in dead for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in dead and node not in needed and all(user in dead for user in node.users):
+            dead.add(node)
+            stack += node.all_input_nodes
+    return dead
+
+
+def _post_dominators(program: Program) -> Mapping[fx.Node, Any]:
+    """Each node's immediate post-dominator: the first node on all of its ways to the outputs."""
+    flow: nx.DiGraph[Any] = nx.DiGraph()
+    flow.add_node(_SINK)
+    for node in program.nodes:
+        for source in node.all_input_nodes:
+            flow.add_edge(_SINK if node.op == "output" else node, source)
+    return nx.immediate_dominators(flow, _SINK)
+
+
+def _written(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Calls that write in place, each with every value whose memory it may write to."""
+    found: list[tuple[fx.Node, fx.Node]] = []
+    for node in program.calls():
+        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.is_write and isinstance(value, fx.Node):
+                found += [(node, base) for base in _bases(value)]
+    return found
+
+
+def _bases(node: fx.Node) -> Iterator[fx.Node]:
+    """``node`` and the values whose memory it may share."""
+    yield node
+    while isinstance(node.target, torch._ops.OpOverload) and operands(node):
+        shares = [r.alias_info for r in node.target._schema.returns]
+        if not any(shares) and op_name(node) not in _SAME and "reshape" not in op_name(node):
+            return
+        node = operands(node)[0]
+        yield node
+
+
+def _paths(node: fx.Node) -> tuple[str, ...]:
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(str(list(stack.values())[-1][0]).split(".")) if stack else ()
+
+
+def _common(paths: Sequence[tuple[str, ...]]) -> str:
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) != 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
