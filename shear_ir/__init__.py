@@ -22,6 +22,7 @@ _HOMES = {
     "plan": "shear_ir.pipeline",
     "scores": "shear_ir.pipeline",
     "shear": "shear_ir.pipeline",
+    "repair": "shear_ir.repairing",
     "verify": "shear_ir.pipeline",
     "save": "shear_ir.pipeline",
     "load": "shear_ir.pipeline",

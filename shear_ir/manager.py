@@ -146,12 +146,16 @@ class PassManager:
     passes: Sequence[Pass]
     observe: Callable[[Pass, Program, AnalysisManager], None] | None = None
 
-    def run(self, program: Program, weights: Mapping[str, Tensor] | None = None) -> Result:
+    def run(
+        self, program: Program, weights: Mapping[str, Tensor] | None = None,
+        given: Mapping[Analysis[Any], Any] | None = None,
+    ) -> Result:  # fmt: skip
         """Run all passes; ``weights`` (tensors by name) feed the criteria that score them.
 
-        The result holds the final program and what is known about it.
+        ``given``: results from elsewhere, such as ``{Data(): Calibration(model, batches)}``. The result holds the
+        final program and what is known about it.
         """
-        manager = AnalysisManager(program, weights)
+        manager = AnalysisManager(program, weights, dict(given or {}))
         timings: list[tuple[str, float]] = []
         stages = [("start", program)]
         for step in self.passes:
