@@ -6,6 +6,7 @@ import gc
 import warnings
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_passes.importance import DEFAULT_WITH_DATA, Taylor
 from tests.passes.test_criteria import batches, traced
+from tests.zoo import build
 
 
 def test_several_criteria_are_scored_in_one_pass() -> None:
@@ -96,3 +98,35 @@ def test_a_program_whose_model_is_gone_is_not_run_on_data() -> None:
     gc.collect()
     with pytest.raises(PlanError, match="the model of this program is gone"):
         sir.scores(program, "wanda", data=[torch.randn(7, 6)])
+
+
+NAMES = (
+    "wanda",
+    "flap",
+    "minitron",
+    "taylor",
+    "taylor-mixed",
+    "lora-guided",
+    "mini-llm{directions=2}",
+    "bonsai{masks=3}",
+)
+
+
+def test_a_placed_model_is_scored_as_it_is_and_an_offloaded_one_where_weights_are_not_read() -> None:
+    model: Any = build("llama_gqa")
+    program = sir.trace(model)
+    ffn = sir.groups(program).by_name["ffn0"]
+    plain = sir.scores(program, *NAMES, data=batches())
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
+    accelerate.dispatch_model(model, dict.fromkeys(parts, "cpu"), force_hooks=True)
+    placed = sir.scores(program, *NAMES, data=batches())
+    for name in NAMES:
+        np.testing.assert_allclose(placed[name][ffn], plain[name][ffn], rtol=1e-5)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    minitron = sir.scores(program, "minitron", data=batches())["minitron"]
+    np.testing.assert_allclose(minitron[ffn], plain["minitron"][ffn], rtol=1e-5)
+    for name in NAMES:
+        if name != "minitron":
+            with pytest.raises(PlanError, match=r"has only its shapes|is not here as numbers|is offloaded"):
+                sir.scores(program, name, data=batches())

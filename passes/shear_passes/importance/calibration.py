@@ -258,4 +258,8 @@ def _device(model: nn.Module) -> torch.device:
     except NotImplementedError:
         embedding = None
     found = device_of(embedding) if isinstance(embedding, nn.Module) and list(embedding.parameters()) else None
-    return device_of(model) if found is None or found.type == "meta" else found
+    found = device_of(model) if found is None or found.type == "meta" else found
+    if found.type != "meta":
+        return found
+    # accelerate has put the weights away, and says where it brings them back to.
+    return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")

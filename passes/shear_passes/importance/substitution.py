@@ -28,6 +28,8 @@ class Substitution:
         for path, module in model.named_modules():
             for leaf, tensor in module.named_parameters(recurse=False):
                 name = wanted.get(f"{path}.{leaf}" if path else leaf)
+                if name is not None and tensor.is_meta:
+                    raise PlanError(f"{name} is offloaded, so it cannot be varied: place the model without offloading")
                 if name is not None:
                     self.owned.setdefault(module, {})[name] = tensor
 
