@@ -53,6 +53,7 @@ class _Writer:
         graph = self.ties.graph(group.axis)
         ends = list(dict.fromkeys([*first, *self.slices(group)]))
         graph.add_nodes_from(ends)
+        reached = nx.node_connected_component(graph, ends[0])
         held = group.axis.freeze
         return Proof(
             group=group.name,
@@ -65,6 +66,7 @@ class _Writer:
             root=self._at(ends[0]),
             freeze=self._freeze(graph, group, first) if held and held.at else None,
             chains=tuple(_folded(self._tree(graph, ends))),
+            apart=tuple(self._at(end) for end in ends if end not in reached),
             seen=self._seen(group) if held and not held.at else (),
         )
 
@@ -82,7 +84,7 @@ class _Writer:
         before = dict(nx.bfs_predecessors(graph, ends[0]))
         known: set[Place | Tie] = {ends[0]}
         told: set[Any] = set()
-        for end in ends[1:]:
+        for end in (one for one in ends[1:] if one in before):
             path: list[Place | Tie] = [end]
             while path[-1] not in known or isinstance(path[-1], Tie):
                 path.append(before[path[-1]])

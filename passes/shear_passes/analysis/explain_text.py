@@ -68,14 +68,14 @@ def _proof(proof: Proof) -> Iterator[str]:
         yield f"frozen: {reason(proof)}"
     if proof.module:
         yield f"names that begin with a dot are in {proof.module}"
-    if proof.seen:
-        yield f"operators that meet it: {', '.join(proof.seen)}"
+    if proof.reason and proof.freeze is None:
+        yield f"operators that meet it: {', '.join(proof.seen) or 'none'}"
     if proof.freeze is not None:
         yield ""
         yield f"from {_titled(proof.freeze.start, proof.module)} to what freezes it:"
         yield from _steps(proof.freeze, proof.module)
     yield ""
-    if not proof.chains:
+    if proof.slices == 1 and not proof.chains:
         yield f"{_titled(proof.root, proof.module)} is its only slice"
         return
     yield f"tied to {_titled(proof.root, proof.module)}:"
@@ -84,6 +84,10 @@ def _proof(proof: Proof) -> Iterator[str]:
         yield ""
         yield f"{number}. {_titled(chain.end, proof.module)}" + (f"   ({more})" if more else "")
         yield from _steps(chain, proof.module)
+    if proof.apart:
+        yield ""
+        yield "tied by no chain of single operators:"
+        yield from (f"     {_titled(at, proof.module)}" for at in proof.apart)
 
 
 def _titled(at: At, module: str) -> str:

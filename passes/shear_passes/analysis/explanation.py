@@ -58,7 +58,8 @@ class Chain:
 class Proof:
     """One axis: what froze it, and what ties each of its slices to ``root`` or to what an earlier chain passed.
 
-    ``seen``: for an axis that no call froze, the operators that it meets.
+    ``apart``: slices that no chain of calls, each taken by itself, leads to. ``seen``: for an axis that no call
+    froze, the operators that it meets.
     """
 
     group: str
@@ -71,6 +72,7 @@ class Proof:
     root: At
     freeze: Chain | None
     chains: tuple[Chain, ...]
+    apart: tuple[At, ...] = ()
     seen: tuple[str, ...] = ()
 
 

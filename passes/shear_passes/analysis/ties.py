@@ -8,16 +8,18 @@ leaves that are frozen were frozen by it. Nothing is recorded while a program is
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 
 import networkx as nx
 from torch import fx
 
-from shear_ir.axes import Axis, Dim, Dims, Product, atoms, concat, product, resolve, unify
+from shear_ir.axes import Axis, Dim, Product, atoms, concat, product, resolve, unify
 from shear_passes.analysis.infer_axes import Axes, Inference
+
+Slot = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Place:
     leaf: int
 
     @property
-    def slot(self) -> tuple[str, int, int]:
+    def slot(self) -> Slot:
         """The dim, whichever the leaf."""
         return self.node, self.result, self.dim
 
@@ -67,20 +69,15 @@ class Ties:
         """The calls that each axis meets, in graph order."""
         found: dict[Axis, list[fx.Node]] = {}
         for node in self.axes.program.calls():
-            for atom in dict.fromkeys(a for n in (*node.all_input_nodes, node) for a in self._atoms(n)):
+            met = (a for n in (*node.all_input_nodes, node) for dim in self._dims(n).values() for a in atoms(dim))
+            for atom in dict.fromkeys(met):
                 found.setdefault(atom, []).append(node)
         return found
 
     def places(self, node: fx.Node, atom: Axis) -> list[Place]:
         """Where an axis occurs in the results of a node; what only unpacks a result is that result."""
-        home, offset = self._home.get(node.name, (node.name, 0))
-        return [
-            Place(home, result + offset, place, leaf)
-            for result, dims in enumerate(self.axes.of_node.get(node.name, []))
-            for place, dim in enumerate(dims)
-            for leaf, found in enumerate(atoms(dim))
-            if found is atom
-        ]
+        slots = self._dims(node).items()
+        return [Place(*slot, leaf) for slot, dim in slots for leaf, found in enumerate(atoms(dim)) if found is atom]
 
     def graph(self, atom: Axis) -> nx.Graph[Place | Tie]:
         """The occurrences of an axis and the calls that tie them: a bipartite graph, linear in the calls it meets."""
@@ -101,37 +98,36 @@ class Ties:
 
     def _alone(self, node: fx.Node) -> Local:
         leaves: dict[Place, Axis] = {}
-        self._inference.of_node = {}
+        alone = self._inference
+        alone.of_node, alone.contractions = {}, []
         for operand in dict.fromkeys(node.all_input_nodes):
-            if operand.name in self.axes.of_node:
-                self._inference.of_node[operand.name] = self._distinct(operand, leaves)
-        before = len(self._inference.contractions)
-        self._inference.call(node)
-        over = [dim for made in self._inference.contractions[before:] for dim in made.over]
-        del self._inference.contractions[before:]
+            self._feed(operand, leaves)
+        alone.call(node)
+        over = {a for made in alone.contractions for dim in made.over for a in atoms(dim)}
         # A result may be split more finely elsewhere than this call can know.
-        for dims, wanted in zip(self._inference.of_node.get(node.name, []), self._distinct(node, leaves), strict=False):
-            for dim, other in zip(dims, wanted, strict=True):
-                unify(dim, other)
-        return _local(node, leaves, {a for dim in over for a in atoms(dim)})
+        for (_, result, place), dim in self._distinct(node, leaves).items():
+            unify(alone.of_node[node.name][result][place], dim)
+        return _local(node, leaves, over)
 
-    def _distinct(self, node: fx.Node, leaves: dict[Place, Axis]) -> list[Dims]:
+    def _feed(self, operand: fx.Node, leaves: dict[Place, Axis]) -> None:
+        """Let the call read dims whose leaves are all distinct."""
+        dims = iter(self._distinct(operand, leaves).values())
+        results = self.axes.of_node.get(operand.name)
+        if results is not None:
+            self._inference.of_node[operand.name] = [tuple(islice(dims, len(one))) for one in results]
+
+    def _distinct(self, node: fx.Node, leaves: dict[Place, Axis]) -> dict[Slot, Dim]:
         """The dims of a node with every leaf an atom of its own."""
-        home, offset = self._home.get(node.name, (node.name, 0))
+        return {slot: _renamed(dim, slot, count(), leaves) for slot, dim in self._dims(node).items()}
 
-        def renamed(result: int, place: int, dim: Dim) -> Dim:
-            numbers = count()
-            return _renamed(
-                resolve(dim), lambda leaf: leaves.setdefault(Place(home, result, place, next(numbers)), leaf)
-            )
-
-        return [
-            tuple(renamed(result + offset, place, dim) for place, dim in enumerate(dims))
+    def _dims(self, node: fx.Node) -> dict[Slot, Dim]:
+        """The dims of the results of a node by what they are dims of."""
+        home, first = self._home.get(node.name, (node.name, 0))
+        return {
+            (home, first + result, place): resolve(dim)
             for result, dims in enumerate(self.axes.of_node.get(node.name, []))
-        ]
-
-    def _atoms(self, node: fx.Node) -> Iterator[Axis]:
-        return (a for dims in self.axes.of_node.get(node.name, []) for dim in dims for a in atoms(dim))
+            for place, dim in enumerate(dims)
+        }
 
 
 def _homes(nodes: Iterable[fx.Node]) -> Iterator[tuple[str, tuple[str, int]]]:
@@ -144,13 +140,13 @@ def _homes(nodes: Iterable[fx.Node]) -> Iterator[tuple[str, tuple[str, int]]]:
             yield node.name, (source.name, number)
 
 
-def _renamed(dim: Dim, leaf: Callable[[Axis], Axis]) -> Dim:
-    """A solved dim with an atom of its own for every leaf, each handed to ``leaf`` in order."""
+def _renamed(dim: Dim, slot: Slot, number: Iterator[int], leaves: dict[Place, Axis]) -> Dim:
+    """A solved dim with an atom of its own for every leaf, each noted in ``leaves``."""
     if isinstance(dim, Axis):
-        return leaf(Axis(dim.size))
+        return leaves.setdefault(Place(*slot, next(number)), Axis(dim.size))
     if isinstance(dim, Product):
-        return product([_renamed(factor, leaf) for factor in dim.factors])
-    return concat([_renamed(part, leaf) for part in dim.parts])
+        return product([_renamed(factor, slot, number, leaves) for factor in dim.factors])
+    return concat([_renamed(part, slot, number, leaves) for part in dim.parts])
 
 
 def _local(node: fx.Node, leaves: Mapping[Place, Axis], over: Collection[Axis]) -> Local:
