@@ -33,7 +33,7 @@ from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.select.build import build_plan
-from shear_passes.select.uniform import DEFAULT_KINDS
+from shear_passes.select.choose import DEFAULT_KINDS
 
 SAMPLE_TOKENS = 24
 """Tokens of held-out text that a sample of the models' own text goes on from."""
@@ -53,7 +53,7 @@ class Choice:
     """What goes: the options of ``shear_ir.plan`` that a run has."""
 
     ratio: float
-    round_to: int = 1
+    round_to: int | Mapping[str, int] = 1
     kinds: tuple[str, ...] = DEFAULT_KINDS
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -62,8 +62,9 @@ class Choice:
 def lorashear(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, ratio: float, data: str | Path,
     recipe: Recipe | None = None, work: str | Path | None = None, keep_work: bool = False,
-    source: Path | None = None, force: bool = False, round_to: int = 1, kinds: tuple[str, ...] = DEFAULT_KINDS,
-    only: tuple[str, ...] = (), skip: tuple[str, ...] = (), command: str = "", progress: Progress | None = None,
+    source: Path | None = None, force: bool = False, round_to: int | Mapping[str, int] = 1,
+    kinds: tuple[str, ...] = DEFAULT_KINDS, only: tuple[str, ...] = (), skip: tuple[str, ...] = (), command: str = "",
+    progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
     """Prune ``model`` by ``ratio`` of its parameters while it trains, recover it, write it and a report to ``out``.
 
@@ -184,7 +185,8 @@ class _Run:
         try:
             return pipeline.plan(
                 self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
-                only=chosen.only, skip=chosen.skip, frozen=frozen, uniform=not self.recipe.pruning.compete,
+                only=chosen.only, skip=chosen.skip, frozen=frozen, importance="magnitude",
+                allocation="isomorphic" if self.recipe.pruning.compete else "uniform",
             )  # fmt: skip
         except PlanError as failure:
             if not frozen:
