@@ -37,7 +37,7 @@ def explanation_source(explanation: Explanation) -> str:
             f" labelloc=t, labeljust=l, label=<{head}>]",
             f'  node [fontname="{FONT}", fontsize=10, fontcolor="{DARK}", shape=box, style="rounded,filled",'
             f' fillcolor=white, color="{LINE}", penwidth=0.8, margin="0.06,0.03"]',
-            f'  edge [color="{LINE}", arrowsize=0.5, penwidth=1.1]',
+            f'  edge [fontname="{FONT}", color="{LINE}", arrowsize=0.5, penwidth=1.1]',
             *frames,
             "}\n",
         ]
@@ -83,9 +83,16 @@ class _Boxes:
             _row(more) if more else "",
         ]
         self._add(at, rows, fill)
-        look = f'color="{RED}", penwidth=2' if step.to is None else "" if before in self._ids else "style=dashed"
-        tail = self._ids.get(before) or self._folded[before]
-        self.lines.append(f"    {tail} -> {self._ids[at]} [{look}]")
+        self.lines.append(f"    {self._tail(before)} -> {self._ids[at]} [{self._look(before, step)}]")
+
+    def _tail(self, at: At) -> str:
+        return self._ids.get(at) or self._folded[at]
+
+    def _look(self, before: At, step: Step) -> str:
+        if step.to is None:
+            return f'color="{RED}", penwidth=2'
+        # The box stands for a dim of a later layer.
+        return "" if before in self._ids else f"style=dashed, label=<{grey(escape(where(before, self.proof.module)))}>"
 
     def _said(self, at: At | None) -> str:
         if at is None:
