@@ -120,10 +120,13 @@ class _Sites:
 
     def _groups_argument(self, path: str, place: int, node: fx.Node) -> None:
         """The number of groups of a convolution is a size too, though no dim shows it alone."""
-        if getattr(node.target, "__name__", "").startswith("conv") and len(node.args) > 1:
+        name = getattr(node.target, "__name__", "")
+        if name.startswith("conv") and len(node.args) > 1:
             x, weight = node.args[0], node.args[1]
             if isinstance(x, fx.Node) and isinstance(weight, fx.Node):
-                channels, per_group = self.groups.axes.dims(x)[1], self.groups.axes.dims(weight)[1]
+                # Dim 1 of the weight is what one group reads, or, transposed, what it makes.
+                whole = self.groups.axes.dims(node if name.startswith("conv_transpose") else x)
+                channels, per_group = whole[1], self.groups.axes.dims(weight)[1]
                 old = channels.size // per_group.size
                 self.inner.setdefault(path, {})["groups", place] = (old, self.new(channels) // self.new(per_group))
 
