@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -29,6 +30,9 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 for part in ("backends", "passes", "."):
     sys.path.insert(0, str(HERE.parents[1] / part))
+
+if TYPE_CHECKING:
+    from tests.oracle.fuzz.draft import Sketch
 
 CHUNK = 100
 THOROUGH = 16
@@ -61,44 +65,38 @@ class Tally:
                 setattr(self, name, getattr(self, name) + value)
 
 
-def run_chunk(run: str, number: int, longest: int) -> Tally:
-    """Hypothesis draws the programs and, where one breaks, the smallest that breaks as well."""
-    from hypothesis import HealthCheck, Phase, given, seed, settings
+def run_chunk(run: str, number: int, longest: int, known: Set[str]) -> Tally:
+    """``CHUNK`` programs that are not ``known``; one that breaks is kept with the smallest that breaks alike."""
+    from tests.oracle.fuzz.check import double
+    from tests.oracle.fuzz.draft import Choose
+    from tests.oracle.fuzz.programs import draft_program
 
-    from tests.oracle.fuzz.draft import Sketch
-    from tests.oracle.fuzz.programs import programs
-
-    tally, known, broken = Tally(run), set[str](), list[tuple[str, str]]()
-
-    @seed(number)
-    @settings(
-        max_examples=CHUNK, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(programs(longest))
-    def try_all(sketch: Sketch) -> None:
+    tally, rng, started = Tally(run), random.Random(f"{run} {number}"), time.process_time()
+    for _ in range(CHUNK):
+        with double():
+            sketch = draft_program(Choose(rng.randint), longest)
         mark = hashlib.sha256(sketch.source.encode()).hexdigest()[:12]
-        try:
-            _try_one(sketch, tally, int(mark, 16), count=mark not in known and not broken)
-        except Exception as failure:
-            broken.append((sketch.source, f"{type(failure).__name__}: {failure}".partition("\n\nWhile executing")[0]))
-            raise
-        known.add(mark)
-
-    started = time.process_time()
-    try:
-        try_all()
-    except Exception as failure:
-        tally.broken = broken[-1:] or [("", repr(failure))]
-    tally.programs, tally.seconds = sorted(known), time.process_time() - started
+        if mark not in known and mark not in tally.programs:
+            tally.programs.append(mark)
+            _try_one(sketch, tally, int(mark, 16))
+    tally.seconds = time.process_time() - started
     return tally
 
 
-def _try_one(sketch: Any, tally: Tally, seed: int, count: bool) -> None:
+def _try_one(sketch: Sketch, tally: Tally, seed: int) -> None:
     from tests.oracle.fuzz.check import check
+    from tests.oracle.fuzz.shrink import failure_of, shrunk
 
-    seen = check(sketch, seed=seed, thorough=seed % THOROUGH == 0)
-    if not count:
+    thorough = seed % THOROUGH == 0
+    try:
+        seen = check(sketch, seed=seed, thorough=thorough)
+    except Exception:
+
+        def fails(other: Sketch) -> str:
+            return failure_of(lambda: check(other, seed=seed, thorough=thorough))
+
+        smallest = shrunk(sketch, fails)
+        tally.broken.append((smallest.source, fails(smallest)))
         return
     if seen.untraced:
         tally.untraced[seen.untraced.partition(". Pass inputs")[0][:160]] += 1
@@ -188,7 +186,7 @@ def main(
             run, number = f"{seed}:{longest}:{number}", number + 1
             if run in done:
                 continue
-            tally = run_chunk(run, seed * 1_000_003 + number, longest)
+            tally = run_chunk(run, number, longest, texts)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(vars(tally)) + "\n")
             tallies.append(tally)
