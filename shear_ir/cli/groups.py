@@ -56,7 +56,10 @@ def groups(
     console.put_table(console.table(f"groups of {program.owner}", headings, rows, headings[2:6]))
     frozen = sum(not g.prunable for g in chosen)
     hidden = f" (--all shows {'it' if frozen == 1 else 'them'})" if frozen and not everything else ""
-    console.put_lines(f"{len(chosen) - frozen} prunable, {frozen} frozen{hidden}")
+    console.put_lines(
+        f"{len(chosen) - frozen} prunable, {frozen} frozen{hidden}",
+        "shear-ir explain MODEL NAME says which operators tie a group together, or froze it",
+    )
 
 
 def _chosen(found: Groups, kinds: Sequence[str]) -> list[Group]:
