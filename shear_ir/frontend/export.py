@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
@@ -15,10 +16,12 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.program import ModuleInfo, Param, Program, TensorKind
 
 _ROOT = "root"
+_LARGEST_OPAQUE = 0.5  # of the parameters: beyond it, a model that was traced would not be one that can be pruned
 _KINDS: dict[InputKind, TensorKind] = {
     InputKind.PARAMETER: "parameter",
     InputKind.BUFFER: "buffer",
@@ -69,20 +72,47 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
+    """By the first way that works: as the model stands, with transformers' patches, with modules not looked into."""
     wrapper = _Logits(model, tuple(feed))
     shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in feed.values())} if dynamic else None
 
     def attempt() -> ExportedProgram:
         return export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
 
-    try:
-        return attempt()
-    except Exception as first:
+    failure: Exception
+    for patches in (contextlib.nullcontext, _transformers_patches):
         try:
-            with _transformers_patches():
+            with patches():
                 return attempt()
-        except Exception:
-            raise _trace_error(model, first) from first
+        except Exception as raised:  # whatever forward raises under torch.export
+            failure = raised
+    hidden: tuple[type[nn.Module], ...] = ()
+    while (kind := _opaque_class(model, failure, hidden)) is not None:
+        hidden = (*hidden, kind)
+        opaque = Opaque(model, hidden)
+        try:
+            with opaque.seen(), torch.no_grad():
+                wrapper(*feed.values())
+            with _transformers_patches(), opaque.hidden():
+                return attempt()
+        except Exception as raised:
+            failure = raised
+    raise _trace_error(model, failure) from failure
+
+
+def _opaque_class(model: nn.Module, failure: Exception, hidden: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
+    """The class of the innermost module whose forward failed, where enough is left to prune without it.
+
+    Within a layer it may hold most of the parameters, as experts do; a stack of layers may not.
+    """
+    running = _failing_modules(model, failure)
+    if not running or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        return None
+    path, module = running[-1]
+    if isinstance(module, hidden) or any(isinstance(m, hidden) for m in module.modules()):
+        return None
+    within = any(part.isdigit() for part in path.split(".")[:-1])
+    return type(module) if within or Opaque(model, (*hidden, type(module))).share() <= _LARGEST_OPAQUE else None
 
 
 def _trace_error(model: nn.Module, failure: Exception) -> TraceError:
@@ -94,13 +124,20 @@ def _trace_error(model: nn.Module, failure: Exception) -> TraceError:
 
 
 def _failing_module(model: nn.Module, failure: Exception) -> str:
+    found = _failing_modules(model, failure)
+    return f"in module {found[-1][0]} ({type(found[-1][1]).__name__}), " if found else ""
+
+
+def _failing_modules(model: nn.Module, failure: Exception) -> list[tuple[str, nn.Module]]:
+    """The modules below the root whose forward was running, the innermost last."""
     paths = {id(module): path for path, module in model.named_modules()}
-    found = ""
+    found: list[tuple[str, nn.Module]] = []
     frame = failure.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and paths.get(id(owner)):
-            found = f"in module {paths[id(owner)]} ({type(owner).__name__}), "
+        running = frame.tb_frame.f_code.co_name == "forward"
+        if running and isinstance(owner, nn.Module) and paths.get(id(owner)):
+            found.append((paths[id(owner)], owner))
         frame = frame.tb_next
     return found
 
