@@ -78,6 +78,8 @@ def _transformers_inputs(model: nn.Module, config: Any, batch: int, length: int,
     names = set(inspect.signature(_innermost(model).forward).parameters)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     main = str(model.main_input_name)
+    if main == "inputs" and "pixel_values" in names:  # of any kind, and images are one of them
+        main = "pixel_values"
     made: Inputs = {}
     if main == "pixel_values":
         made[main] = _pixels(config, batch, generator, _float_dtype(model))

@@ -77,7 +77,8 @@ def build(name: str) -> tuple[nn.Module, str]:
     Without one that runs, the smallest one that is built: then the answer says why its forward does not take inputs.
     """
     model_class = class_of(name)
-    config_class = transformers.CONFIG_MAPPING[name.split("/")[1]]
+    # That of the text alone where the type's own config has one for images beside it.
+    config_class = model_class.config_class or transformers.CONFIG_MAPPING[name.split("/")[1]]
     try:
         base = config_class()
     except Exception as failure:
@@ -111,7 +112,7 @@ def build(name: str) -> tuple[nn.Module, str]:
 def _small(model_class: Any, config: Any) -> nn.Module:
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
-            setattr(config, key, 0.0)
+            setattr(config, key, type(value)(0))
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
     if size > LARGEST:

@@ -89,11 +89,18 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
     for pattern, value in rows.items()
 )  # fmt: skip
 
+
+def narrow(width: int) -> int:
+    """A small number of channels, the same for the same one, so that what fits together still does."""
+    return width if width <= 8 else 8 * (1 + -(-width // 64))
+
+
 _LISTS: tuple[tuple[str, str, Callable[[Sequence[Any]], list[Any]]], ...] = (
     ("depths", r"depths|num_block_repeats|stage_num_blocks|layers_per_stage|n_attn_blocks|stage_numb_of_layers",
      lambda v: [1] * len(v)),
-    ("lists", r"(.*_)?(hidden_sizes|embed_dims|stage_\w*channels|encoder_hidden_sizes|width\w*|embed_dim|channels)",
-     lambda v: [8 * (2 + at) for at in range(len(v))]),
+    ("lists", r"(.*_)?(hidden_sizes|embed_dims|width\w*|embed_dim|channels|attn_unit_dims)",
+     lambda v: [narrow(width) for width in v]),
+    ("images", r"(.*_)?image_size", lambda v: [64] * len(v)),
     ("lists heads", r"(.*_)?(num_heads|num_attention_heads)", lambda v: [2 if at else 1 for at in range(len(v))]),
 )  # fmt: skip
 
@@ -132,11 +139,15 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
             if name not in ("id2label", "label2id", "rope_parameters", "rope_scaling"):
                 yield from _knobs(value, path)
         elif name in lists:
-            yield Knob(path, "layers", value, [value[place] for place in places])
+            yield Knob(path, "layers", value, [_entry(name, value[place], vocabulary) for place in places])
         elif isinstance(value, list):
             yield from _of_list(path, value, len(places))
+        elif value is None and (missing := _small(name, 0, vocabulary)) is not None and missing[0] == "experts":
+            yield Knob(path, "missing", None, missing[1])
         elif isinstance(value, int) and not isinstance(value, bool):
             small = _small(name, value, vocabulary)
+            if re.fullmatch(r"stem_(\w*channels|hidden_size)", name):
+                small = ("lists", narrow(value))
             if small is not None and name in _COUNTS and lists:
                 small = (small[0], len(places))
             if small is not None and small[1] != value and (value > small[1] or name.endswith("_token_id")):
@@ -148,6 +159,12 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 def _is(values: Mapping[str, Any], name: str) -> bool:
     return isinstance(values.get(name), int)
+
+
+def _entry(name: str, value: Any, vocabulary: int) -> Any:
+    """What a layer has in a list of one entry for each."""
+    small = _small(name, value, vocabulary) if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if small is None else min(value, small[1])
 
 
 def _representatives(lists: Mapping[str, Sequence[Any]]) -> list[int]:
@@ -184,8 +201,13 @@ def _token(name: str, value: int) -> int:
 
 def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
     """Values for the knobs, the smallest first; then with one or two families left alone, or scaled down."""
-    families = list(dict.fromkeys(k.family for k in knobs))
+    given = [k for k in knobs if k.family != "missing"]
+    families = list(dict.fromkeys(k.family for k in given))
+    yield {k.path: k.small for k in given}
+    yield _alike(given)
+    yield {k.path: k.small for k in given if len(k.path) == 1}
     yield {k.path: k.small for k in knobs}
+    knobs = given
     for family in families:
         yield {k.path: k.small for k in knobs if k.family != family}
     for factor in (8, 16, 4, 32, 2):
@@ -200,6 +222,16 @@ def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
     for factor in (8, 4, 16):
         for family in families:
             yield {k.path: k.scaled(factor) if k.family == family else k.small for k in knobs}
+
+
+def _alike(knobs: Sequence[Knob]) -> dict[Path, Any]:
+    """The small values, the same for sizes of one sub-config that the class makes the same."""
+    first: dict[tuple[Path, int], int] = {}
+    found: dict[Path, Any] = {}
+    for knob in knobs:
+        sized = knob.family in (*_SIZES, "rope") and isinstance(knob.default, int)
+        found[knob.path] = first.setdefault((knob.path[:-1], knob.default), knob.small) if sized else knob.small
+    return found
 
 
 _SIZES = ("widths", "ffn", "lists", "head_dim", "experts ffn", "ranks")
