@@ -47,3 +47,18 @@ class Ramp(nn.Module):
 
 def test_a_plan_for_a_sheared_graph_composes_though_the_first_cut_left_a_constant() -> None:
     assert sound(Ramp(), (3, 5)).plans > 2
+
+
+class Tiled(nn.Module):
+    """Copies of the channels, counted for the last dim alone: a copy is a unit, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 6), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tile(self.up(x), (2,)))
+
+
+def test_copies_counted_for_the_last_dim_alone_can_go() -> None:
+    assert sound(Tiled(), (3, 4, 5)).prunable == 2

@@ -71,9 +71,10 @@ def resize_repeat(change: Change) -> None:
     x, out = change.dims(0), change.out
     new = len(out) - len(x)
     counts = list(change.node.args[1])  # type: ignore[arg-type]
-    for place, count in enumerate(counts):
-        if isinstance(count, int) and change.changed(out[place]):
-            counts[place] = change.size(out[place]) // (change.size(x[place - new]) if place >= new else 1)
+    # A tile may count for the last dims alone.
+    for at, place in enumerate(range(len(out) - len(counts), len(out))):
+        if isinstance(counts[at], int) and change.changed(out[place]):
+            counts[at] = change.size(out[place]) // (change.size(x[place - new]) if place >= new else 1)
     change.set(1, counts)
 
 
