@@ -33,3 +33,32 @@ def test_tied_with_the_head_the_rows_are_held_once() -> None:
         a: rows are chosen by the values of the input at %embedding_default = aten.embedding
         """,
     )
+
+
+BAGS = {"w": (6, 4), "ids": torch.tensor([0, 5, 2, 3, 1]), "starts": torch.tensor([0, 2, 4])}
+
+
+def test_columns_of_a_table_go_through_bags_of_its_rows() -> None:
+    expect(
+        typed(lambda w, ids, starts: F.embedding_bag(ids, w, starts, mode="mean"), **BAGS),
+        """
+        w      [a!:6, b:4]
+        ids    [c!:5]
+        starts [d!:3]
+        ->     [e!:3, b:4]
+        a c d e: rows are chosen by the values of the input at %embedding_bag_padding_idx = aten.embedding_bag.padding_idx
+        """,
+    )
+
+
+def test_the_largest_of_a_bag_is_taken_for_each_column() -> None:
+    expect(
+        typed(lambda w, ids, starts: F.embedding_bag(ids, w, starts, mode="max"), **BAGS),
+        """
+        w      [a!:6, b:4]
+        ids    [c!:5]
+        starts [d!:3]
+        ->     [e!:3, b:4]
+        a c d e: rows are chosen by the values of the input at %embedding_bag_padding_idx = aten.embedding_bag.padding_idx
+        """,
+    )

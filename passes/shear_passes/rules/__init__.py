@@ -10,6 +10,7 @@ from shear_passes.rules import (
     linear,
     lora,
     norm,
+    recurrent,
     reduce,
     select,
     shape,
@@ -17,4 +18,4 @@ from shear_passes.rules import (
 from shear_passes.rules.registry import Entry, Site, Vanish, entry_of, rule
 
 __all__ = ["Entry", "Site", "Vanish", "attention", "conv", "embedding", "entry_of", "expand", "factory", "index",
-           "linear", "lora", "norm", "reduce", "rule", "select", "shape"]  # fmt: skip
+           "linear", "lora", "norm", "recurrent", "reduce", "rule", "select", "shape"]  # fmt: skip

@@ -1,0 +1,66 @@
+"""Recurrent layers: LSTM, GRU and plain ones, kept whole by the exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from shear_ir.axes import Dim, Dims, concat
+from shear_passes.rules.registry import Results, Site, rule
+
+aten = torch.ops.aten
+
+_GATES = {aten.lstm.input: 4, aten.gru.input: 3, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
+
+
+@rule(*_GATES)
+def recurrent(
+    site: Site,
+    x: Dims,
+    states: Any,
+    weights: Sequence[Dims],
+    biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    both_ways: bool,
+    batch_first: bool,
+) -> Results:
+    """``h[t] = f(x[t] w_ih + b_ih, h[t-1] w_hh + b_hh)``, the rows of each gate laid end to end.
+
+    Unit i owns row i of every gate, column i of ``w_hh`` and entry i of the state. All layers and both directions
+    lie in one tensor of states ``[layers * directions, batch, hidden]`` and so have one hidden axis; a layer behind
+    the first reads ``hidden`` for each direction. No entry of the result is said to be zero: a state may decay.
+    """
+    states = list(states) if isinstance(states, list) else [states]
+    ways, each = (2 if both_ways else 1), (4 if biases else 2)
+    if len(weights) != layers * ways * each:
+        return site.barrier("a recurrent layer with a projection of its state")
+    hidden = states[0][2]
+    batch, time = (x[0], x[1]) if batch_first else (x[1], x[0])
+    site.freeze([time, *(state[0] for state in states)], "states follow each other")
+    for state in states:
+        site.equate(state[1], batch)
+        site.equate(state[2], hidden)
+    nodes: Any = site.node.args[2]
+    reads = x[2]
+    for layer in range(layers):
+        for way in range(ways):
+            first = (layer * ways + way) * each
+            _cell(site, reads, hidden, weights[first : first + each], nodes[first : first + 2])
+        reads = concat([hidden] * ways)
+    return [(*x[:2], reads), *((state[0], batch, hidden) for state in states)]
+
+
+def _cell(site: Site, reads: Dim, hidden: Dim, tensors: Sequence[Dims], nodes: Sequence[fx.Node]) -> None:
+    of_input, of_state = tensors[:2]
+    gates = concat([hidden] * _GATES[site.node.target])
+    for tensor in tensors:
+        site.equate(tensor[0], gates)
+    site.equate(of_input[1], reads)
+    site.equate(of_state[1], hidden)
+    site.contract([reads], [(nodes[0], of_input[:1])], inner=True)
+    site.contract([hidden], [(nodes[1], of_state[:1])], inner=True)
