@@ -105,14 +105,15 @@ def _try_one(sketch: Sketch, tally: Tally, seed: int) -> None:
     tally.bare += not seen.prunable
 
 
-def known_tallies(file: Path) -> list[Tally]:
-    """What earlier runs have left; a line that was cut off counts as not run."""
-    found: list[Tally] = []
+def known_tallies(file: Path) -> dict[str, Tally]:
+    """What earlier runs have left, the latest of each; a line that was cut off counts as not run."""
+    found: dict[str, Tally] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
-            found.append(_tally(json.loads(line)))
+            tally = _tally(json.loads(line))
         except ValueError:
             continue
+        found[tally.run] = tally
     return found
 
 
@@ -169,8 +170,9 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "fuzz.jsonl"
     tallies = known_tallies(file)
-    done = {tally.run for tally in tallies}
-    texts = {text for tally in tallies for text in tally.programs}
+    if not only_table:  # what has broken runs again
+        tallies = {run: tally for run, tally in tallies.items() if not tally.broken}
+    texts = {text for tally in tallies.values() for text in tally.programs}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -184,19 +186,19 @@ def main(
         number = 0
         while len(texts) < programs and not only_table:
             run, number = f"{seed}:{longest}:{number}", number + 1
-            if run in done:
+            if run in tallies:
                 continue
             tally = run_chunk(run, number, longest, texts)
             with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(vars(tally)) + "\n")
-            tallies.append(tally)
+            tallies[run] = tally
             texts.update(tally.programs)
             fresh += tally.broken
             progress.update(
                 task, completed=len(texts), description=f"programs, {len(fresh)} broken" if fresh else "programs"
             )
             show_broken(tally.broken)
-    whole = total(tallies)
+    whole = total(tallies.values())
     console.print(table(whole))
     console.print(f"written to {file}")
     raise typer.Exit(1 if fresh or (only_table and whole.broken) else 0)
