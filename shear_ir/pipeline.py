@@ -13,7 +13,7 @@ import networkx as nx
 from torch import Tensor, nn
 
 from shear_backends import store
-from shear_backends.adapted import kept_here, merged, plan_of_base, shear_adapted
+from shear_backends.adapted import kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.adapters import require_lora
 from shear_backends.config_inference import accepted_counts, infer_config
 from shear_backends.graph import graph_module, tensors_of
@@ -197,7 +197,8 @@ def shear(
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
     """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
-    return _verify(model, small, replace(plan, kept=kept_here(model, plan)), inputs, seed=seed)
+    here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan))
+    return _verify(model, small, here, inputs, seed=seed)
 
 
 def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program:

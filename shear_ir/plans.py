@@ -59,7 +59,9 @@ class Plan:
 
     ``digest`` names the shapes of the model the plan was made for. ``gone``: modules of lists that leave as a whole;
     those behind them move up. ``names``: groups of what is left whose name changes by that, to the name they have
-    here. ``frozen``: group name to why it was left alone. ``options``: how the plan was asked for.
+    here. ``frozen``: group name to why it was left alone. ``options``: how the plan was asked for. ``routers``:
+    tensors that score the experts a plan removes, with the dim that counts them: a removed expert is one that is never
+    routed to, not one whose weights are zero.
     """
 
     digest: str
@@ -72,6 +74,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     gone: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    routers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -106,6 +109,7 @@ class Plan:
             options={"first": dict(self.options), "then": dict(later.options)},
             gone=tuple(sorted({*self.gone, *later.gone}, key=natural)),
             names={small: self.names.get(mine, mine) for small, mine in {**self.names, **later.names}.items()},
+            routers={**self.routers, **later.routers},
         )
 
     def _in_my_names(self, later: Plan) -> Plan:
@@ -125,6 +129,7 @@ class Plan:
             kept={module(name): dims for name, dims in later.kept.items()},
             frozen={self.names.get(name, name): reason for name, reason in later.frozen.items()},
             gone=tuple(map(module, later.gone)),
+            routers={module(name): dim for name, dim in later.routers.items()},
         )
 
     def to_json(self) -> str:
@@ -146,6 +151,7 @@ class Plan:
             **({"names": dict(self.names)} if self.names else {}),
             "kept": {name: {str(d): intervals(i) for d, i in dims.items()} for name, dims in self.kept.items()},
             "frozen": dict(self.frozen),
+            **({"routers": dict(self.routers)} if self.routers else {}),
         }  # fmt: skip
         return _compact(json.dumps(document, indent=2))
 
@@ -171,6 +177,7 @@ class Plan:
             options=read.options,
             gone=tuple(read.gone),
             names=read.names,
+            routers=read.routers,
         )
 
     def save(self, path: str | Path) -> None:
@@ -307,3 +314,4 @@ class _Document(_Strict):
     frozen: dict[str, str] = {}
     gone: list[Annotated[str, Field(pattern=r"^(.+\.)?\d+$")]] = []
     names: dict[str, str] = {}
+    routers: dict[str, _Count] = {}

@@ -39,7 +39,8 @@ def shear_adapted(
     here = _here(recipe, base_view(model))
     small = build(model, with_copies(model, cut_by_id(model, kept, here.norms)), here)
     settle(small)
-    whole = replace(plan, kept=kept)
+    routers = routers_here(model, base_plan) if plan is base_plan else plan.routers
+    whole = replace(plan, kept=kept, routers=routers)
     if not any(t.is_meta for t in tensors_of(model).values()):
         feed = example_inputs(model) if inputs is None else as_inputs(base, inputs)
         report = verify(model, small, whole, feed)
@@ -65,8 +66,8 @@ def plan_of_base(plan: Plan, groups: Groups, base: Groups, costs: CostModel, vie
         if any(s.parameter in names for s in group.slices):
             kept[_same(group, base, names)] = cut.kept
     if not kept:
-        return replace(plan, digest=base.program.digest, model=base.program.owner, cuts=(), kept={}, before=costs.now,
-                       after=costs.now)  # fmt: skip
+        return replace(plan, digest=base.program.digest, model=base.program.owner, cuts=(), kept={}, routers={},
+                       before=costs.now, after=costs.now)  # fmt: skip
     made = build_plan(base, costs, kept, options=plan.options, reason=plan.cuts[0].reason)
     for own, dims in made.kept.items():
         given: Mapping[int, Any] = plan.kept.get(view.tensors.get(own, (own,))[0], {})
@@ -83,6 +84,14 @@ def kept_here(model: nn.Module, plan: Plan) -> Kept:
     view = base_view(model)
     of_base = [name for name in plan.kept if name in view.tensors and name not in known]
     return follow(model, plan.kept) if of_base else plan.kept
+
+
+def routers_here(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """The tensors that score experts by the names of ``model``, when ``plan`` was made for the base of a PEFT model."""
+    if not has_adapters(model):
+        return dict(plan.routers)
+    known, names = tensors_of(model), base_view(model).tensors
+    return {n: dim for own, dim in plan.routers.items() for n in ((own,) if own in known else names.get(own, ()))}
 
 
 def merged(model: nn.Module) -> nn.Module:

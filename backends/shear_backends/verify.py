@@ -1,6 +1,7 @@
 """The oracle for users: a sheared model against the original whose removed units are masked to zero.
 
-The reference is computed without the rewrite: it only knows which indices of which tensors go.
+The reference is computed without the rewrite: it only knows which indices of which tensors go, and which tensors score
+experts. An expert that is removed is never routed to: its scores are minus infinity.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from shear_backends.masked_blocks import block_cuts, run_masked
+from shear_backends.never_routed import never_route
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
 from shear_ir.frontend.adapters import find_adapters
@@ -73,7 +75,7 @@ def verify(
     worst = scale = moved = 0.0
     with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
         feeds = _feeds(model, inputs, seed)
-        reference, blocks = masked(model, plan.kept), block_cuts(plan.cuts)
+        reference, blocks = masked(model, plan.kept, plan.routers), block_cuts(plan.cuts)
         for feed in feeds:
             expected = run_masked(reference, plan.cuts, feed) if blocks else run(reference, feed)
             found, dense = run(small, feed), run(model, feed)
@@ -96,8 +98,12 @@ def _refuse_chance(model: nn.Module, feed: Inputs, first: Sequence[Tensor], tole
         )
 
 
-def masked(model: nn.Module, kept: Kept) -> nn.Module:
-    """A copy of ``model`` in which every removed index of every tensor is zero; the other tensors are shared."""
+def masked(model: nn.Module, kept: Kept, routers: Mapping[str, int] | None = None) -> nn.Module:
+    """A copy of ``model`` in which every removed index of every tensor is zero; the other tensors are shared.
+
+    ``routers``: tensors that score experts, with the dim that counts them; what they score the removed ones is minus
+    infinity.
+    """
     named = dict((*model.named_parameters(), *model.named_buffers()))
     missing = [name for name in kept if name not in named and not name.startswith(("c_", "lifted_"))]
     if missing:
@@ -106,7 +112,10 @@ def masked(model: nn.Module, kept: Kept) -> nn.Module:
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
-    return copy.deepcopy(model, memo)
+    reference = copy.deepcopy(model, memo)
+    if routers:
+        never_route(reference, {name: (dim, kept[name][dim]) for name, dim in routers.items()})
+    return reference
 
 
 def _without_dora_rows(model: nn.Module, kept: Kept) -> Kept:

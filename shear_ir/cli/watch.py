@@ -82,7 +82,9 @@ class Watch:
         feed = example_inputs(self.model)
         # Whatever the model's own code prints is no result.
         with evaluation(self.model), torch.no_grad(), redirect_stdout(sys.stderr):
-            reference = self.model if self._applied is None else masked(self.model, self._applied.kept)
+            reference = self.model
+            if self._applied is not None:
+                reference = masked(self.model, self._applied.kept, self._applied.routers)
             expected = run(reference, feed)
             found = graph_module(program, analyses.weights or {})(**feed)
         gap = difference(expected, found)

@@ -59,6 +59,7 @@ def check_calls(model: nn.Module, axes: Axes, zeros: Zeros, feed: Inputs, *, rou
     free = [a for a in dict.fromkeys(a for d in dims for a in atoms(d)) if not a.freeze or a.freeze.hold is Hold.NORM]
     for _ in range(rounds):
         kept = {atom: _some(atom.size, rng) for atom in free}
+        _leave_choices(kept, zeros, rng)
         weights = _weights(model, axes.program.constants)
         _Run(axes, zeros, kept, weights, seed).run(*(feed[name] for name in axes.program.inputs))
 
@@ -76,6 +77,14 @@ def _some(size: int, rng: np.random.Generator) -> Mask:
     stays = rng.random(size) < 0.6
     stays[rng.integers(size)] = True
     return stays
+
+
+def _leave_choices(kept: dict[Axis, Mask], zeros: Zeros, rng: np.random.Generator) -> None:
+    """Keep more units of the axes of which so many are chosen, until there are enough to choose from."""
+    for choice in zeros.choices:
+        while choice.open({a: int(stays.sum()) for a, stays in kept.items()}) < choice.count:
+            for atom in (a for a in atoms(choice.over) if a in kept and not kept[a].all()):
+                kept[atom][rng.choice(np.flatnonzero(~kept[atom]))] = True
 
 
 def _weights(model: nn.Module, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +118,8 @@ class _Run(fx.Interpreter):
         # Both before the call, which may write to what it reads.
         disturbed, cut = self._disturbed(n), self._cut_operands(n)
         result = self.call_function(n.target, args, kwargs)
+        if n.name in self.zeros.scored:
+            result, disturbed = self._lowered(n, result), self._lowered(n, disturbed)
         self._check(n, _snapshot(result), disturbed)
         if cut is not None:
             self._check_cut(n, result, cut)
@@ -123,7 +134,12 @@ class _Run(fx.Interpreter):
 
     def _masked(self, node: fx.Node, value: Tensor) -> Tensor:
         stays = self._stays(self.axes.dims(node), value.shape)
-        return torch.where(stays, value, torch.zeros_like(value))
+        return self._lowered(node, torch.where(stays, value, torch.zeros_like(value)))
+
+    def _lowered(self, node: fx.Node, value: Tensor) -> Tensor:
+        """``value`` with minus infinity where it scores what was removed."""
+        stays = self._stays(self.axes.dims(node), value.shape, self.zeros.scored.get(node.name, frozenset()))
+        return value if bool(stays.all()) else value.masked_fill(~stays, -torch.inf)
 
     def _stays(self, dims: Dims, shape: Sequence[int], only: frozenset[Axis] | None = None) -> Tensor:
         """Which entries of a tensor stay; ``only``: count just the units of these atoms as removed."""
@@ -143,8 +159,9 @@ class _Run(fx.Interpreter):
                 return _snapshot(value)
             dims = self.axes.dims(operand)
             stays = self._stays(dims, value.shape)
-            zero = ~self._stays(dims, value.shape, self.zeros.made.get(operand.name, frozenset()))
-            where = ~stays & ~zero
+            states = (self.zeros.made, self.zeros.low, self.zeros.repeated)
+            known = frozenset[Axis]().union(*(state.get(operand.name, frozenset()) for state in states))
+            where = ~stays & self._stays(dims, value.shape, known)
             return torch.where(where, self._noise(value), value) if bool(where.any()) else value.clone()
 
         args = fx.map_arg(node.args, noisy)
@@ -159,14 +176,20 @@ class _Run(fx.Interpreter):
 
         def cut(operand: fx.Node) -> Any:
             value = self.env[operand]
-            return self._cut(value, self.axes.dims(operand)) if isinstance(value, Tensor) else _snapshot(value)
+            return self._cut(value, self.axes.dims(operand), operand) if isinstance(value, Tensor) else _snapshot(value)
 
         return fx.map_arg((node.args, node.kwargs), cut)
 
-    def _cut(self, value: Tensor, dims: Dims) -> Tensor:
+    def _cut(self, value: Tensor, dims: Dims, node: fx.Node, result: int = 0) -> Tensor:
         for place, dim in enumerate(dims):
             value = value.index_select(place, torch.from_numpy(mask(dim, self.kept).nonzero()[0]))
-        return value.clone()
+        named = self.axes.numbers.get((node.name, result))
+        if named is None:
+            return value.clone()
+        stays = torch.from_numpy(mask(named, self.kept))
+        if not bool(stays[value.long()].all()):
+            raise Unsound(f"a removed index is chosen at %{node.name} = {op_name(node)}")
+        return (stays.cumsum(0) - 1)[value.long()].to(value.dtype)
 
     def _noise(self, value: Tensor) -> Tensor:
         if value.is_floating_point() or value.is_complex():
@@ -181,11 +204,22 @@ class _Run(fx.Interpreter):
             self.checked += 1
             stays = self._stays(dims, value.shape)
             zero = ~self._stays(dims, value.shape, self.zeros.made.get(node.name, frozenset()))
-            if bool((value[zero] != 0).any()):
+            low = ~self._stays(dims, value.shape, self.zeros.low.get(node.name, frozenset()))
+            if bool((value[zero & ~low] != 0).any()):
                 raise Unsound(f"entries said to be zero are not at {at}")
+            if bool((value[low] != -torch.inf).any()):
+                raise Unsound(f"entries said to be minus infinity are not at {at}")
+            if not self._repeats(value, self.zeros.repeated.get(node.name, frozenset())):
+                raise Unsound(f"entries said to be those before them are not at {at}")
             if not _same(value[stays], other[stays]):
                 raise Unsound(f"kept entries hang on removed ones at {at}")
             self._count(node, at, stays)
+
+    def _repeats(self, value: Tensor, only: frozenset[Axis]) -> bool:
+        """Whether every removed entry of a vector is equal to the one before it, the first to zero."""
+        gone = [~self.kept[atom] for atom in only if atom in self.kept]
+        before = torch.cat([value.new_zeros(1), value[:-1]]) if gone else value
+        return all(torch.equal(value[torch.from_numpy(g)], before[torch.from_numpy(g)]) for g in gone)
 
     def _check_cut(self, node: fx.Node, result: Any, cut: Any) -> None:
         at = f"%{node.name} = {op_name(node)}"
@@ -193,8 +227,9 @@ class _Run(fx.Interpreter):
             parts = self.call_function(node.target, *cut)
         except (RuntimeError, IndexError) as failure:
             raise Unsound(f"kept entries do not fit together at {at}") from failure
-        for value, part, dims in zip(_all(result), _all(parts), self.axes.of_node.get(node.name, []), strict=True):
-            if not _same(self._cut(value, dims), part):
+        found = zip(_all(result), _all(parts), self.axes.of_node.get(node.name, []), strict=True)
+        for place, (value, part, dims) in enumerate(found):
+            if not _same(self._cut(value, dims, node, place), part):
                 raise Unsound(f"kept entries alone make another result at {at}")
 
     def _count(self, node: fx.Node, at: str, stays: Tensor) -> None:

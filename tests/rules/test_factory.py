@@ -14,6 +14,7 @@ def test_a_fill_takes_the_axes_of_what_it_meets() -> None:
         """
         x [a:5, b:4]
         -> [a:5, b:4]
+        zero: a
         """,
     )
 
@@ -47,6 +48,7 @@ def test_fills_like_another_tensor() -> None:
         -> [a:5, b:4]
         -> [c:4, d:3]
         -> [a:5, b:4]
+        zero: a b, -, -
         """,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,10 +100,10 @@ class FindGroups(Analysis[Groups]):
         zeros = analyses.get(FindZeros())
         slices = _slices(program, axes)
         for atom in slices:
-            if atom.freeze is None and atom not in zeros.contracted:
+            if atom.freeze is None and atom not in zeros.contracted and atom not in zeros.routers:
                 freeze(atom, "no operator sums over the axis: its entries are only picked or passed on")
         kinds = find_roles(program, axes, zeros, slices)
-        named = tuple(_named(program, slices, kinds, axes))
+        named = tuple(_named(program, slices, kinds, axes, zeros))
         found: tuple[Block, ...] = analyses.get(FindBlocks())
         blocks = list(block_groups(program, axes, found))
         return Groups(program, axes, zeros, named, tuple(map(_called, blocks, _names([b.kind for b in blocks]))))
@@ -123,7 +124,7 @@ def _slices(program: Program, axes: Axes) -> dict[Axis, list[Slice]]:
 
 
 def _named(
-    program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes
+    program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes, zeros: Zeros
 ) -> Iterator[Group]:
     names = _names([kinds[atom] for atom in slices])
     for name, (atom, owned) in zip(names, slices.items(), strict=True):
@@ -132,7 +133,21 @@ def _named(
             _cost(program.params[p], axes.of_param[p], atom) for p in dict.fromkeys(s.parameter for s in owned)
         )
         modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
-        yield Group(name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules))
+        least = max((c.least(atom) for c in zeros.choices if atom in set(atoms(c.over))), default=1)
+        multiple = _multiple(atom, axes)
+        yield Group(
+            name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules), least=least, multiple=multiple
+        )
+
+
+def _multiple(atom: Axis, axes: Axes) -> int:
+    """The number of units that one more or fewer of which leaves every dim aligned that is so now."""
+    found = 1
+    for dim, multiple in axes.aligned:
+        each = dim.size - evaluate(dim, lambda a: a.size - (a is atom))
+        if each and dim.size % multiple == 0:
+            found = math.lcm(found, multiple // math.gcd(multiple, each))
+    return found
 
 
 def _names(kinds: Sequence[Kind]) -> list[str]:

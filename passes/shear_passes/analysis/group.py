@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 from shear_ir.axes import Axis, Dim, Hold, Indices, owners
@@ -26,7 +26,11 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """A prunable axis, or one that would be but for ``reason``. Unit i is index i and the slices it owns."""
+    """A prunable axis, or one that would be but for ``reason``. Unit i is index i and the slices it owns.
+
+    ``least``: how many units have to stay, as of experts of which so many are chosen for every token. ``multiple``:
+    the number of units that stay is a multiple of it, where a kernel wants that of its operands.
+    """
 
     name: str
     kind: Kind
@@ -35,6 +39,9 @@ class Group:
     slices: tuple[Slice, ...]
     parameters_per_unit: int
     module: str
+    _: KW_ONLY
+    least: int = 1
+    multiple: int = 1
 
     @property
     def prunable(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,22 @@ from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
-from shear_passes.rules.registry import Barrier, Contraction, Entry, Operand, Results, Site, Vanish, entry_of, op_name
+from shear_passes.rules.registry import (
+    Barrier,
+    Contraction,
+    Entry,
+    Operand,
+    Ranking,
+    Results,
+    Site,
+    Vanish,
+    entry_of,
+    op_name,
+)
+
+_PADS = {"aten.pad", "aten.constant_pad_nd"}
+_EXACT = {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
+"""Types that hold the numbers of any axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +37,9 @@ class Axes:
     """The solution: dims by node (one tuple per tensor result) and by parameter name.
 
     ``contractions`` in graph order; ``vanish`` is each call's law; ``barriers`` are calls without a rule.
+    ``rankings``: where entries along an axis are compared, for axes whose indices are chosen by that; ``numbers``: the
+    dims whose indices the entries of integer values number, by node and result. ``aligned``: dims that a kernel wants
+    to be a multiple of some number.
     """
 
     program: Program
@@ -30,6 +48,9 @@ class Axes:
     contractions: tuple[Contraction, ...]
     vanish: Mapping[str, Vanish]
     barriers: Mapping[str, str]
+    rankings: tuple[Ranking, ...] = ()
+    numbers: Mapping[tuple[str, int], Dim] = field(default_factory=dict)
+    aligned: tuple[tuple[Dim, int], ...] = ()
 
     def dims(self, node: fx.Node) -> Dims:
         """Dims of a node with one tensor result; empty for any other node."""
@@ -56,6 +77,10 @@ class Inference:
         self.contractions: list[Contraction] = []
         self.vanish: dict[str, Vanish] = {}
         self.barriers: dict[str, str] = {}
+        self.rankings: list[Ranking] = []
+        self.aligned: list[tuple[Dim, int]] = []
+        # By node and result.
+        self.numbers: dict[tuple[str, int], Dim] = {}
         self._entries: dict[Any, Entry | None] = {}
 
     def run(self) -> Axes:
@@ -65,6 +90,7 @@ class Inference:
             elif node.op == "call_function":
                 self.call(node)
             elif node.op == "output":
+                self._hold_unchosen()
                 self._output(node)
         solved = _Solution()
         return Axes(
@@ -74,7 +100,18 @@ class Inference:
             contractions=tuple([solved.contraction(made) for made in self.contractions]),
             vanish=self.vanish,
             barriers=self.barriers,
+            rankings=tuple([replace(r, over=resolve(r.over)) for r in self.rankings]),
+            numbers={value: resolve(dim) for value, dim in self.numbers.items()},
+            aligned=tuple([(resolve(dim), multiple) for dim, multiple in self.aligned]),
         )
+
+    def _hold_unchosen(self) -> None:
+        """Comparing entries holds an axis, unless its indices are chosen by it: then removed ones may just lose."""
+        chosen = {a for r in self.rankings if r.count for a in atoms(r.over)}
+        for ranking in self.rankings:
+            for atom in atoms(ranking.over):
+                if atom not in chosen:
+                    freeze(atom, ranking.reason, at=ranking.node.name)
 
     def _placeholder(self, node: fx.Node) -> None:
         param = self.program.param(node)
@@ -95,6 +132,7 @@ class Inference:
             return value
 
         fx.map_arg(node.args, hold)
+        self._hold_numbers(node, "named by the numbers of an output of the model")
 
     def call(self, node: fx.Node) -> None:
         """Type one call by its rule, given the dims of what it reads."""
@@ -104,16 +142,45 @@ class Inference:
             if source.name in self.of_node:
                 self.of_node[node.name] = [self.of_node[source.name][place]]  # type: ignore[index]
                 self.vanish[node.name] = Vanish.MOVED
+            if (source.name, place) in self.numbers:
+                self.numbers[node.name, 0] = self.numbers[source.name, place]  # type: ignore[index]
             return
         shapes = tuple(t.shape for t in self.program.types.get(node.name, ()))
         entry = self._entry(node.target)
         if not shapes and entry is None:
             self._without_result(node)
             return
-        site = Site(node, shapes, Vanish.NEVER if entry is None else entry.vanish)
+        numbers = {n: self.numbers[n.name, 0] for n in node.all_input_nodes if (n.name, 0) in self.numbers}
+        site = Site(node, shapes, Vanish.NEVER if entry is None else entry.vanish, numbers=numbers)
         self.of_node[node.name] = self._typed(site, entry)
         self.vanish[node.name] = site.vanish
         self.contractions.extend(site.contractions)
+        self.rankings.extend(site.rankings)
+        itemsize = self.program.types[node.name][0].dtype.itemsize if site.aligned else 1
+        self.aligned.extend((dim, bytes // itemsize) for dim, bytes in site.aligned)
+        self._follow_numbers(site)
+
+    def _follow_numbers(self, site: Site) -> None:
+        """Numbers that only move keep their meaning; a call that does anything else with them holds what they name."""
+        if site.node.name in self.barriers:
+            site.understood.clear()
+            site.made_numbers.clear()
+        elif site.vanish is Vanish.MOVED and not site.made_numbers and self._keeps_numbers(site.node):
+            first = site.named_by(site.node.args[0])
+            if first is not None:
+                site.name(first)
+        self.numbers.update({(site.node.name, place): dim for place, dim in site.made_numbers.items()})
+        reason = f"numbers of its indices are used at {site.where}"
+        self._hold_numbers(site.node, reason, site.understood)
+
+    def _keeps_numbers(self, node: fx.Node) -> bool:
+        """Whether the entries of a result are entries of the first operand, as exact as they were."""
+        return op_name(node) not in _PADS and all(t.dtype in _EXACT for t in self.program.types[node.name])
+
+    def _hold_numbers(self, node: fx.Node, reason: str, understood: Collection[fx.Node] = ()) -> None:
+        for operand in node.all_input_nodes:
+            if (operand.name, 0) in self.numbers and operand not in understood:
+                freeze(self.numbers[operand.name, 0], reason, at=node.name)
 
     def _entry(self, target: Any) -> Entry | None:
         if target not in self._entries:
@@ -161,6 +228,8 @@ class Inference:
     def _without_result(self, node: fx.Node) -> None:
         """A call that makes no tensor: arithmetic on sizes says nothing, anything that reads values holds its axes."""
         name = op_name(node)
+        if name != "aten.sym_size.int":
+            self._hold_numbers(node, f"numbers of its indices are read at %{node.name} = {name}")
         if name.startswith("aten.sym_") or not isinstance(node.target, torch._ops.OpOverload):
             if name != "aten.sym_size.int" and any(n.name in self.of_node for n in node.all_input_nodes):
                 self._barrier(Site(node, ()), f"{name} reads a size")

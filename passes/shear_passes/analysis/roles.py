@@ -45,6 +45,8 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
                 kinds.setdefault(atom, kind)
 
     assign(_vocabulary(program, axes), "vocab")
+    assign(_innermost(set(zeros.routers), slices), "expert")
+    assign(zeros.routers, "other")
     ranks = _lora_ranks(program, axes)
     assign(ranks, "lora_rank")
     residual = _residual(program, axes)
@@ -64,7 +66,7 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
 
 
 def _innermost(heads: set[Axis], slices: Mapping[Axis, Sequence[_Slice]]) -> set[Axis]:
-    """``heads`` without those that count blocks of other heads, as in ``ranks x heads x head_dim``."""
+    """``heads`` without those that count blocks of other heads, as in ``ranks x heads x head_dim``; experts alike."""
     outer: set[Axis] = set()
     for atom in heads & slices.keys():
         for piece in slices[atom]:

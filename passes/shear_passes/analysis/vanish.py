@@ -2,14 +2,15 @@
 
 A contraction over an axis misses nothing when a removed index goes, provided one of its factors is zero there in the
 masked model. Parameters are, by definition of the mask; products keep it, sums need it of every term, and functions
-with f(0) != 0 lose it. A contraction that cannot show it freezes its axis.
+with f(0) != 0 lose it. A contraction that cannot show it freezes its axis. Axes whose indices are chosen by scores are
+masked in another way: see ``scores``.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,8 @@ from shear_ir.axes import Axis, Dim, Dims, Hold, atoms, freeze
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes, InferAxes
+from shear_passes.analysis.losing import Losing
+from shear_passes.analysis.scores import Choice, Scores, base_name
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
@@ -49,11 +52,20 @@ class Zeros:
 
     ``made``: those at which it was zero before any later call wrote to its memory.
     ``contracted``: the atoms that some operator sums over.
+    ``low``: the atoms at whose removed indices a value is minus infinity instead; ``scored``: where the mask puts that.
+    ``repeated``: those at which it is that of the index before.
+    ``routers``: for each atom whose indices are chosen, names of the tensors that score it with the dim it is in there;
+    ``choices``: the choices, each of which needs so many indices to choose from.
     """
 
     of_node: Mapping[str, Atoms]
     made: Mapping[str, Atoms]
     contracted: Atoms
+    low: Mapping[str, Atoms] = field(default_factory=dict)
+    scored: Mapping[str, Atoms] = field(default_factory=dict)
+    repeated: Mapping[str, Atoms] = field(default_factory=dict)
+    routers: Mapping[Axis, Mapping[str, int]] = field(default_factory=dict)
+    choices: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,21 +93,33 @@ class _Walk:
         self.home: dict[str, str] = {}
         self.sharing: dict[str, list[str]] = {}
         self._distinct: dict[int, tuple[Axis, ...]] = {}
+        self.scores = Scores(program, axes)
+        self.low: dict[str, Atoms] = {}
+        self.losing = Losing(axes, self.scores, self.zero, self.low, {}, self._aligned_in, self._moved)
 
     def run(self) -> Zeros:
         contracted: set[Axis] = set()
         for node in self.program.nodes:
             if node.op == "output":
                 continue
-            self.zero[node.name] = self.made[node.name] = self._of(node)
+            out = self._out(node)
+            self.losing.see(node, out)
+            zero = (self._of(node, out) | self.losing.zeros(node, out)) - self.low[node.name]
+            self.zero[node.name] = self.made[node.name] = zero
             self._settle(node)
             self._check_poles(node)
             for contraction in self.by_call.get(node.name, ()):
                 contracted.update(a for dim in contraction.over for a in atoms(dim))
                 self._check(contraction)
+            for ranking in self.scores.by_node.get(node.name, ()):
+                self.scores.choose(ranking, self.losing.losing(ranking))
             for written in _written(node):
                 self._write(node, written)
-        return Zeros(self.zero, self.made, frozenset(contracted))
+        scored = {name: frozenset(made) for name, made in self.scores.made.items()}
+        return Zeros(
+            self.zero, self.made, frozenset(contracted), self.low, scored, self.losing.repeated,
+            self.scores.routers, tuple(self.scores.choices),
+        )  # fmt: skip
 
     def _settle(self, node: fx.Node) -> None:
         """Note whose memory the value lies in."""
@@ -106,9 +130,11 @@ class _Walk:
 
     def _write(self, node: fx.Node, written: fx.Node) -> None:
         """What lies in the memory that a call writes to is zero only where what it writes is zero, too."""
-        lost = self.carried(self.axes.dims(written)).keys() - self.zero[node.name]
-        for name in self.sharing[self.home[written.name]] if lost else ():
-            self.zero[name] -= lost
+        carried = self.carried(self.axes.dims(written)).keys()
+        for state in (self.zero, self.low):
+            lost = carried - state[node.name]
+            for name in self.sharing[self.home[written.name]] if lost else ():
+                state[name] -= lost
 
     def carried(self, dims: Iterable[Dim]) -> Counts:
         """How many of the dims each atom occurs in."""
@@ -120,7 +146,15 @@ class _Walk:
                 total[atom] = total.get(atom, 0) + 1
         return total
 
-    def _of(self, node: fx.Node) -> Atoms:
+    def _out(self, node: fx.Node) -> Counts:
+        """In how many dims of its results each atom is."""
+        out: Counts = {}
+        for dims in self.axes.of_node.get(node.name, []):
+            for atom, count in self.carried(dims).items():
+                out[atom] = max(count, out.get(atom, 0))
+        return out
+
+    def _of(self, node: fx.Node, out: Counts) -> Atoms:
         results = self.axes.of_node.get(node.name, [])
         if node.op == "placeholder":
             param = self.program.param(node)
@@ -130,12 +164,10 @@ class _Walk:
         law = self.axes.vanish.get(node.name, Vanish.NEVER)
         if node.name in self.axes.barriers:
             return _NOTHING
-        out: Counts = {}
-        for dims in results:
-            for atom, count in self.carried(dims).items():
-                out[atom] = max(count, out.get(atom, 0))
         if law is Vanish.MOVED:
-            return self._moved(node, out)
+            return self._moved(node, out, self.zero)
+        if law is Vanish.ALWAYS:
+            return frozenset(out)
         if law is Vanish.FIRST:
             return self._first(node, out)
         if law is Vanish.ANY:
@@ -151,20 +183,28 @@ class _Walk:
         mine = self.carried(dims)
         return frozenset(a for a in self.zero.get(operand.name, _NOTHING) if a in out and mine.get(a) == out[a])
 
-    def _moved(self, node: fx.Node, out: Counts) -> Atoms:
+    def _aligned_in(self, operand: fx.Node, out: Mapping[Axis, int], state: Mapping[str, Atoms]) -> Atoms:
+        mine = self.carried(self.axes.dims(operand))
+        return frozenset(a for a in state.get(operand.name, _NOTHING) if a in out and mine.get(a) == out[a])
+
+    def _moved(self, node: fx.Node, out: Mapping[Axis, int], state: Mapping[str, Atoms]) -> Atoms:
         sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        chosen, numbers = self.scores.of_choice(node)
+        if chosen is not None:
+            # The largest entries; their numbers say nothing of zeros.
+            sources = [] if numbers else [chosen]
         found: set[Axis] = set()
         broken: set[Axis] = set()
         for source in sources:
             if not isinstance(source, fx.Node):
                 continue
-            zero = self.zero.get(source.name, _NOTHING)
+            zero = state.get(source.name, _NOTHING)
             for dims in self.axes.of_node.get(source.name, []):
                 carried = set(self.carried(dims))
                 found |= carried & zero
                 broken |= carried - zero
         stays = frozenset(a for a in found - broken if a in out)
-        return stays - self._counted_copies(node) if stays and _base_name(node) in _REPEATS else stays
+        return stays - self._counted_copies(node) if stays and base_name(node) in _REPEATS else stays
 
     def _counted_copies(self, node: fx.Node) -> Atoms:
         """The atoms that turned out to count copies: a copy is not zero for standing at a removed place."""
@@ -205,24 +245,14 @@ class _Walk:
 
     def _check_poles(self, node: fx.Node) -> None:
         """A removed entry that is zero may not be divided by: no factor of zero makes infinity zero again."""
-        for place in _POLES.get(_base_name(node), ()):
+        for place in _POLES.get(base_name(node), ()):
             operand = node.args[place]
             if not isinstance(operand, fx.Node) or (
-                _base_name(node) in ("pow", "float_power") and _positive(node.args[1], or_zero=True)
+                base_name(node) in ("pow", "float_power") and _positive(node.args[1], or_zero=True)
             ):
                 continue
             for atom in self.zero.get(operand.name, _NOTHING):
                 freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
-
-
-def _base_name(node: fx.Node) -> str:
-    """The operator without its library, its overload and the underscore of those that write in place."""
-    return _without_library(op_name(node))
-
-
-@cache
-def _without_library(name: str) -> str:
-    return [*name.split("."), ""][1].removesuffix("_")
 
 
 def _positive(exponent: Any, or_zero: bool = False) -> bool:
@@ -255,5 +285,5 @@ def _shares(axes: Axes, node: fx.Node) -> bool:
     """Whether a value may lie in the memory of its first argument: a view, a write in place, or a call unknown here."""
     if node.op != "call_function" or not node.args:
         return False
-    moved = axes.vanish.get(node.name) is Vanish.MOVED and _base_name(node) not in _COPIES
+    moved = axes.vanish.get(node.name) is Vanish.MOVED and base_name(node) not in _COPIES
     return _returns_a_view(node.target) or moved or node.name in axes.barriers

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from shear_ir.axes import Dims
-from shear_passes.rules.registry import Site, resize, rule
+from shear_passes.rules.registry import Site, Vanish, resize, rule
 from shear_passes.rules.resizing import Change
 
 aten = torch.ops.aten
@@ -19,6 +20,7 @@ _NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, at
 @rule(*_FILLS)
 def fill(site: Site, *_: Any, **__: Any) -> Dims:
     """The same value everywhere."""
+    _zeros(site, site.node.args[1:2])
     return site.fresh()
 
 
@@ -31,6 +33,7 @@ def resize_fill(change: Change) -> None:
 @rule(*_NEW)
 def new_fill(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """The same value everywhere, in the dtype of ``x``."""
+    _zeros(site, site.node.args[2:3])
     return site.fresh()
 
 
@@ -46,7 +49,16 @@ def resize_new_fill(change: Change) -> None:
 )  # fmt: skip
 def like(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
     """The same value everywhere, in the shape of ``x``."""
+    _zeros(site, site.node.args[1:2])
+    site.named_by(site.node.args[0])
     return x
+
+
+def _zeros(site: Site, value: Sequence[Any]) -> None:
+    """The result is zero everywhere if the operator or the value it is given says so."""
+    name = site.node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    if name in ("zeros", "new_zeros", "zeros_like", "zero_") or (("full" in name or "fill" in name) and value == (0,)):
+        site.vanish = Vanish.ALWAYS
 
 
 @rule(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default)

@@ -8,7 +8,7 @@ import torch
 
 from shear_ir.axes import Dim, Dims
 from shear_passes.rules.pointwise import broadcast
-from shear_passes.rules.registry import Results, Site, rule, wrap
+from shear_passes.rules.registry import Need, Results, Site, rule, wrap
 
 aten = torch.ops.aten
 
@@ -101,14 +101,21 @@ def _product(site: Site, left: tuple[int, Dims], right: tuple[int, Dims], added:
 
 @rule(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def grouped_mm(site: Site, x: Dims, weight: Dims, offs: Dims | None = None, *_: Any, **__: Any) -> Dims | Results:
-    """``y[s, o] = sum_i x[s, i] * w[e(s), i, o]``: which rows have which expert e, values say by counting."""
+    """``y[s, o] = sum_i x[s, i] * w[e(s), i, o]``: the rows of expert e end at ``offs[e]``, so one may have none.
+
+    The kernels want every row of their operands to be a multiple of 16 bytes.
+    """
     if len(x) != 2 or len(weight) != 3:
         return site.barrier("a grouped product that is not rows by experts")
     experts, in_, out = weight
     site.equate(x[1], in_)
+    site.freeze([x[0]], "experts are chosen by value")
     if offs is not None:
         site.equate(offs[0], experts)
-    site.freeze([x[0], experts], "experts are chosen by value")
+        site.rank(2 if len(site.node.args) > 2 else "offs", experts, Need.REPEATED, "experts are chosen by value")
+    else:
+        site.freeze([experts], "experts are chosen by value")
+    site.align([in_, out], bytes=16)
     site.contract([in_], [(0, x[:1]), (1, [out])], added=["bias"])
     return (x[0], out)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shear_ir.axes import Dims, axis, product, resolve
-from shear_passes.rules.registry import Results, Site, Vanish, resize, rule
+from shear_passes.rules.registry import Need, Results, Site, Vanish, resize, rule
 from shear_passes.rules.resizing import Change
 
 aten = torch.ops.aten
@@ -95,6 +95,6 @@ def batch_norm(site: Site, x: Dims, *tensors: Any, **_: Any) -> Dims | Results:
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
 def softmax(site: Site, x: Dims, dim: int, *_: Any, **__: Any) -> Dims:
-    """Probabilities over ``dim`` share one sum."""
-    site.freeze([x[dim]], "softmax runs over the axis")
+    """Probabilities over ``dim`` share one sum, to which minus infinity adds nothing."""
+    site.rank(0, x[dim], Need.WEIGHTLESS, "softmax runs over the axis")
     return x

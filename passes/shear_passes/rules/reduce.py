@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from shear_ir.axes import ONE, Dim, Dims, axis
-from shear_passes.rules.registry import Results, Site, resize, rule, wrap
+from shear_passes.rules.registry import Need, Results, Site, resize, rule, wrap
 from shear_passes.rules.resizing import Change
 
 aten = torch.ops.aten
+
+_RANKED = "entries are ranked along the axis"
 
 
 def _places(x: Dims, dims: Any) -> list[int]:
@@ -90,9 +92,7 @@ def extreme(site: Site, x: Dims, dims: Any = None, keepdim: bool = False) -> Dim
     return _rest(x, places, keepdim)
 
 
-@rule(
-    aten.max.default, aten.min.default, aten.argmax.default, aten.argmin.default, aten.prod.default, aten.prod.dim_int
-)
+@rule(aten.max.default, aten.min.default, aten.argmin.default, aten.prod.default, aten.prod.dim_int)
 def whole(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False, **_: Any) -> Dims:
     """The largest entry or its number, or the product."""
     places = _places(x, dim)
@@ -100,7 +100,26 @@ def whole(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False, **
     return _rest(x, places, keepdim)
 
 
-@rule(aten.max.dim, aten.min.dim, aten.median.dim, aten.mode.default)
+@rule(aten.argmax.default)
+def place_of_largest(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False) -> Dims:
+    """The number of the largest entry."""
+    if dim is None:
+        return whole(site, x, dim, keepdim)
+    site.rank(0, x[dim], Need.LOSING, "a reduction that sees zeros", count=1)
+    site.name(x[dim])
+    return _rest(x, _places(x, dim), keepdim)
+
+
+@rule(aten.max.dim)
+def largest_and_place(site: Site, x: Dims, dim: int = -1, keepdim: bool = False) -> Results:
+    """The largest entry and its number."""
+    site.rank(0, x[dim], Need.LOSING, "an extreme is taken over the axis", count=1)
+    site.name(x[dim], result=1)
+    rest = _rest(x, _places(x, dim), keepdim)
+    return [rest, rest]
+
+
+@rule(aten.min.dim, aten.median.dim, aten.mode.default)
 def extreme_and_place(site: Site, x: Dims, dim: int = -1, keepdim: bool = False) -> Results:
     """The largest entry and its number."""
     site.freeze([x[dim]], "an extreme is taken over the axis")
@@ -132,7 +151,14 @@ def variance_and_mean(site: Site, x: Dims, dims: Any = None, *_: Any, **__: Any)
     return [out, out]
 
 
-@rule(aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default)
+@rule(aten.cumsum.default)
+def running_sum(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
+    """Entry i is the sum of all up to it: where one of them is zero, it is equal to the entry before."""
+    site.rank(0, x[dim], Need.NOTHING, "a running total along the axis")
+    return x
+
+
+@rule(aten.cumprod.default, aten.logcumsumexp.default)
 def running(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
     """Entry i depends on all before it."""
     site.freeze([x[dim]], "a running total along the axis")
@@ -163,16 +189,31 @@ def logsumexp(site: Site, x: Dims, dims: Any, keepdim: bool = False) -> Dims:
     return _rest(x, places, keepdim)
 
 
-@rule(aten.topk.default, aten.sort.default, aten.sort.stable)
-def ranked(site: Site, x: Dims, *args: Any, dim: int = -1, stable: Any = None, **_: Any) -> Results:
-    """The largest entries and their numbers."""
-    if site.node.target is aten.topk.default:
-        dim = args[1] if len(args) > 1 else dim
-    elif args and site.node.target is aten.sort.default:
-        dim = args[0]
+@rule(aten.topk.default)
+def topk(site: Site, x: Dims, count: int, dim: int = -1, largest: bool = True, *_: Any, **__: Any) -> Results:
+    """The ``count`` largest entries, and their numbers, which are those of kept entries where removed ones lose."""
     place = wrap(dim, len(x))
     out = axis(site.shape[place])
-    site.freeze([x[place], out], "entries are ranked along the axis")
+    site.freeze([out], _RANKED)
+    if largest and isinstance(count, int):
+        site.rank(0, x[place], Need.LOSING, _RANKED, count)
+    else:
+        site.freeze([x[place]], _RANKED)
+    site.name(x[place], result=1)
+    dims = (*x[:place], out, *x[place + 1 :])
+    return [dims, dims]
+
+
+@rule(aten.sort.default, aten.sort.stable)
+def ranked(site: Site, x: Dims, *args: Any, dim: int = -1, stable: Any = None, **_: Any) -> Results:
+    """All entries in order and where each stood; numbers without those of removed indices keep their order."""
+    place = wrap(args[0] if args and site.node.target is aten.sort.default else dim, len(x))
+    out = axis(site.shape[place])
+    site.freeze([x[place], out], _RANKED)
+    named = site.named_by(site.node.args[0])
+    if named is not None:
+        site.name(named)
+    site.name(x[place], result=1)
     dims = (*x[:place], out, *x[place + 1 :])
     return [dims, dims]
 
@@ -181,5 +222,7 @@ def ranked(site: Site, x: Dims, *args: Any, dim: int = -1, stable: Any = None, *
 def order(site: Site, x: Dims, *args: Any, dim: int = -1, **_: Any) -> Dims:
     """The numbers of the entries in order."""
     place = wrap(args[0] if args else dim, len(x))
-    site.freeze([x[place]], "entries are ranked along the axis")
+    site.freeze([x[place]], _RANKED)
+    site.named_by(site.node.args[0])
+    site.name(x[place])
     return x

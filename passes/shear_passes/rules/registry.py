@@ -6,7 +6,7 @@ runs it equates dims, freezes what it cannot follow, and records which dims the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -40,6 +40,10 @@ class Vanish(Enum):
     """The operator only moves elements: those at the index come from operands that carry it."""
     FIRST = "first"
     """The first operand decides: quotients, scaling by a factor that does not depend on the index."""
+    ALWAYS = "always"
+    """The result is zero everywhere."""
+    NUMBERED = "numbered"
+    """The numbers that the call reads never name a removed index: it is zero there where its first operand is."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,35 @@ class Contraction:
     inner: bool = False
 
 
+class Need(Enum):
+    """What removed entries have to be where they stand among kept ones, so that leaving them out changes nothing."""
+
+    LOSING = "losing"
+    """Chosen by size: no removed entry is larger than a kept one."""
+    WEIGHTLESS = "weightless"
+    """Weighed by its exponential: minus infinity."""
+    NOTHING = "nothing"
+    """Summed up one after the other: zero."""
+    REPEATED = "repeated"
+    """The end of an interval that begins at the entry before: equal to that."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Entries of ``operand`` along ``over`` are compared with each other.
+
+    ``count``: how many of them are chosen and named by their numbers; 0 where none is. ``reason``: what holds the axis
+    unless removed entries are known to be what ``need`` says.
+    """
+
+    node: fx.Node
+    operand: fx.Node
+    over: Dim
+    need: Need
+    reason: str
+    count: int = 0
+
+
 @dataclass
 class Site:
     """One operator call while its rule runs."""
@@ -76,6 +109,12 @@ class Site:
     shapes: tuple[Shape, ...]
     vanish: Vanish = Vanish.NEVER
     contractions: list[Contraction] = field(default_factory=list)
+    numbers: Mapping[fx.Node, Dim] = field(default_factory=dict)
+    """Integer operands whose entries are numbers of the indices of a dim."""
+    rankings: list[Ranking] = field(default_factory=list)
+    aligned: list[tuple[Dim, int]] = field(default_factory=list)
+    made_numbers: dict[int, Dim] = field(default_factory=dict)
+    understood: set[fx.Node] = field(default_factory=set)
 
     @property
     def shape(self) -> Shape:
@@ -122,6 +161,38 @@ class Site:
                 sides.append(Operand(node, tuple(free)))
         extra = tuple(n for n in (self._argument(place) for place in added) if n is not None)
         self.contractions.append(Contraction(self.node, tuple(over), tuple(sides), extra, mean, mixed, inner))
+
+    def rank(self, place: int | str, over: Dim, need: Need, reason: str, count: int = 0) -> None:
+        """Entries of an operand are compared along ``over``: see ``Ranking``."""
+        operand = self._argument(place)
+        if operand is None:
+            self.freeze([over], reason)
+        else:
+            self.rankings.append(Ranking(self.node, operand, over, need, f"{reason} at {self.where}", count))
+
+    def align(self, dims: Iterable[Dim], *, bytes: int) -> None:
+        """The kernel wants rows over each of these dims to be a multiple of so many bytes."""
+        self.aligned.extend((dim, bytes) for dim in dims)
+
+    def named_by(self, operand: Any) -> Dim | None:
+        """The dim whose indices the entries of an operand number; the rule that asks says what follows from it."""
+        found = self.numbers.get(operand) if isinstance(operand, fx.Node) else None
+        if found is not None:
+            self.understood.add(operand)
+        return found
+
+    def join_numbers(self, operands: Sequence[Any]) -> None:
+        """Numbers laid side by side are numbers of one dim, where all operands have such."""
+        if operands and all(isinstance(o, fx.Node) and o in self.numbers for o in operands):
+            first, *others = [self.named_by(o) for o in operands]
+            assert first is not None
+            for other in others:
+                self.equate(first, other or first)
+            self.name(first)
+
+    def name(self, dim: Dim, result: int = 0) -> None:
+        """The entries of a result are numbers of the indices of ``dim``."""
+        self.made_numbers[result] = dim
 
     def _argument(self, place: int | str | fx.Node) -> fx.Node | None:
         if isinstance(place, fx.Node):

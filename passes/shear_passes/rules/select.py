@@ -155,6 +155,7 @@ def cat(site: Site, tensors: Sequence[Dims], dim: int = 0) -> Dims:
         for at, (a, b) in enumerate(zip(full[0], other, strict=True)):
             if at != place:
                 site.equate(a, b)
+    site.join_numbers(site.node.args[0])  # type: ignore[arg-type]
     return (*full[0][:place], concat([t[place] for t in full]), *full[0][place + 1 :])
 
 
@@ -165,6 +166,7 @@ def stack(site: Site, tensors: Sequence[Dims], dim: int = 0) -> Dims:
     for other in tensors[1:]:
         for a, b in zip(first, other, strict=True):
             site.equate(a, b)
+    site.join_numbers(site.node.args[0])  # type: ignore[arg-type]
     place = wrap(dim, len(first) + 1)
     return (*first[:place], concat([ONE] * len(tensors)), *first[place:])
 

@@ -94,11 +94,23 @@ def unsqueeze(site: Site, x: Dims, dim: int) -> Dims:
 
 @rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, vanish=Vanish.MOVED)
 def squeeze(site: Site, x: Dims, dim: int | Sequence[int] | None = None) -> Dims:
-    """Dims of size 1 go out: a longer one that is asked to must not become one of them."""
+    """Dims of size 1 go out."""
+    gone = _squeezed(x, dim)
+    return tuple(d for place, d in enumerate(x) if place not in gone)
+
+
+def _squeezed(x: Dims, dim: int | Sequence[int] | None) -> list[int]:
     places = range(len(x)) if dim is None else [dim] if isinstance(dim, int) else dim
     asked = {wrap(place, len(x)) for place in places}
-    site.freeze([x[place] for place in asked if x], "with one index left the axis would go out")
-    return tuple(d for place, d in enumerate(x) if place not in asked or d.size != 1)
+    return [place for place, d in enumerate(x) if place in asked and d.size == 1]
+
+
+@resize(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def resize_squeeze(change: Change) -> None:
+    """A longer dim does not go out once it has one index left."""
+    source, *dim = change.node.args
+    gone = _squeezed(change.dims(0), dim[0] if dim else None)  # type: ignore[arg-type]
+    change.call(aten.squeeze.dims, (source, gone))
 
 
 @rule(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from shear_ir.axes import Axis, Indices, Mask, mask
+from shear_ir.axes import Axis, Indices, Mask, atoms, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis
 from shear_ir.plans import Cut, Plan
@@ -40,7 +40,8 @@ def build_plan(
             raise PlanError(f"{group.name} cannot lose units: {group.reason}")
         if not len(units):
             raise PlanError(f"{group.name} would lose all of its {group.size} units")
-        cuts.append(Cut(group.name, group.kind, group.size, np.asarray(units, np.int64), group.module, reason))
+        why = reason + _because_aligned(group, len(units)) if reason else reason
+        cuts.append(Cut(group.name, group.kind, group.size, np.asarray(units, np.int64), group.module, why))
     if not cuts:
         raise PlanError("the plan removes nothing")
     masks = masks_of(groups, cuts)
@@ -56,7 +57,19 @@ def build_plan(
         options=dict(options or {}),
         gone=gone.modules,
         names={small: name for small, name in names.items() if small != name},
+        routers=_routers(groups, masks, gone),
     )
+
+
+def _because_aligned(group: Group, count: int) -> str:
+    aligned = group.multiple > 1 and count % group.multiple == 0
+    return f"; a multiple of {group.multiple}, as the kernel for products by groups wants" if aligned else ""
+
+
+def _routers(groups: Groups, masks: Mapping[Axis, Mask], gone: Gone) -> dict[str, int]:
+    """The tensors that score the units of the cut axes, with the dim they are in."""
+    scored = {name: dim for axis in masks for name, dim in groups.zeros.routers.get(axis, {}).items()}
+    return {name: dim for name, dim in scored.items() if name not in gone.parameters}
 
 
 def removed(groups: Groups, cuts: Sequence[Cut]) -> Gone:
@@ -83,11 +96,14 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
     """
     plan.require(groups.program.digest)
     masks = masks_of(groups, plan.cuts)
-    expected = _kept(groups, masks, removed_by(groups, plan))
+    gone = removed_by(groups, plan)
+    expected = _kept(groups, masks, gone)
     for name in dict.fromkeys((*expected, *plan.kept)):
         mine, given = expected.get(name, {}), plan.kept.get(name, {})
         if mine.keys() != given.keys() or any(not np.array_equal(mine[d], given[d]) for d in mine):
             raise PlanError(f"the plan contradicts itself: what it keeps of {name} is not what its cuts leave")
+    if dict(plan.routers) != _routers(groups, masks, gone):
+        raise PlanError("the plan contradicts itself: its routers are not those of the experts that it cuts")
     return masks
 
 
@@ -110,7 +126,21 @@ def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Ma
         stays = np.zeros(cut.size, dtype=bool)
         stays[cut.kept] = True
         masks[group.axis] = stays
+    _require_choices(groups, masks)
     return masks
+
+
+def _require_choices(groups: Groups, masks: Mapping[Axis, Mask]) -> None:
+    """Raise ``PlanError`` where fewer units would be left than are chosen for every token."""
+    sizes = {axis: int(stays.sum()) for axis, stays in masks.items()}
+    for choice in groups.zeros.choices:
+        cut = [groups.by_axis[a] for a in atoms(choice.over) if a in masks]
+        left = choice.open(sizes)
+        if cut and left < choice.count:
+            raise PlanError(
+                f"the plan leaves {sizes[cut[0].axis]} of the {cut[0].size} units of {cut[0].name}, and so {left} to "
+                f"choose from, but %{choice.node} chooses {choice.count} for every token"
+            )
 
 
 def _kept(groups: Groups, masks: Mapping[Axis, Mask], gone: Gone) -> dict[str, dict[int, Indices]]:

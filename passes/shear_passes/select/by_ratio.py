@@ -41,9 +41,10 @@ class SelectByRatio(Selection):
 
     ``budget``: what ``ratio`` is a share of: parameters, bytes, flops, or kv_bytes of a generated token. What stays of
     a group is a multiple of ``round_to``, heads, experts and blocks excepted; words such as ``ffn=64`` set it for a
-    kind. ``floor``: the share of its units that stays in every group at least. ``heads``: how many heads stay in
-    every layer, 0 to solve for it. ``only`` and ``skip`` are globs on module paths, ``frozen`` names groups that stay
-    whole. Kinds that a normalisation holds are cut only when named.
+    kind. Where kernels want a multiple of some number, it is one of that, too. ``floor``: the share of its units that
+    stays in every group at least. ``heads``: how many heads stay in every layer, 0 to solve for it. ``only`` and
+    ``skip`` are globs on module paths, ``frozen`` names groups that stay whole. Kinds that a normalisation holds are
+    cut only when named.
     """
 
     ratio: float = 0.2
@@ -136,6 +137,9 @@ class _Solver:
         self._parameters = self.costs.parameters_in(axes) if self.asked.budget == "parameters" else None
         self.total = self._cost({g: g.size for g in self.chosen})
         self.groups = [g for g in self.chosen if self._counts_for(g)]
+        # One for a kind, so that channels of experts and of what is beside them stay alike.
+        self._steps = {k: math.lcm(self.asked.step(k), *(g.multiple for g in self.groups if g.kind == k))
+                       for k in {g.kind for g in self.groups}}  # fmt: skip
         if not self.groups:
             words = BUDGETS[self.asked.budget]
             raise PlanError(f"no group of the kinds {', '.join(self.asked.kinds)} changes the {words} of this model")
@@ -161,11 +165,13 @@ class _Solver:
         return result
 
     def _too_much(self, most: float) -> str:
-        steps = max(self.asked.step(g.kind) for g in self.groups)
+        steps = max(self._steps.values())
+        experts = max((g.least for g in self.groups if g.kind == "expert"), default=0)
+        units = f"{experts} experts" if experts else f"one head and {steps} channels"
         floor = f" and {self.asked.floor:g} of every group" if self.asked.floor else ""
         return (
             f"a ratio of {self.asked.ratio} cannot be reached: with the kinds {', '.join(self.asked.kinds)} and at "
-            f"least one head and {steps} channels left in every layer{floor}, at most "
+            f"least {units} left in every layer{floor}, at most "
             f"{math.floor(1000 * most / self.total) / 1000} of the {BUDGETS[self.asked.budget]} can go"
         )
 
@@ -198,8 +204,8 @@ class _Solver:
     def _round(self, group: Group, wanted: float) -> int:
         if group.kind in HEAD_KINDS and self.asked.heads:
             return min(group.size, self.asked.heads)
-        step = self.asked.step(group.kind)
-        least = max(step, step * math.ceil(self.asked.floor * group.size / step))
+        step = self._steps[group.kind]
+        least = max(step, step * math.ceil(max(group.least, self.asked.floor * group.size) / step))
         return min(group.size, max(least, step * round(wanted / step)))
 
     def _counts_for(self, group: Group) -> bool:
