@@ -1,0 +1,156 @@
+"""Whole experts and their channels go: from the modules, from the graph, and stock transformers loads what is left."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import shear_ir as sir
+from shear_ir.plans import Plan
+from tests.roads import Traced, outputs, same, trace
+from tests.zoo import randomised
+
+_TEXT: dict[str, Any] = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_MODEL = {**_TEXT, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 67}
+_GQA = {**_MODEL, "num_key_value_heads": 2, "head_dim": 14}
+_MLA = {
+    **_MODEL, "num_key_value_heads": 4, "q_lora_rank": 22, "kv_lora_rank": 18, "qk_rope_head_dim": 10,
+    "qk_nope_head_dim": 6, "v_head_dim": 14,
+}  # fmt: skip
+EXPERTS, CHANNELS, CHOSEN = 12, 16, 3
+_OWN = {"intermediate_size": CHANNELS, "num_experts_per_tok": CHOSEN}
+_BESIDE = {"intermediate_size": 44, "moe_intermediate_size": CHANNELS, "num_experts_per_tok": CHOSEN}
+
+
+def hub(cls: str, **config: Any) -> Callable[[], nn.Module]:
+    """A model of transformers."""
+
+    def make() -> nn.Module:
+        model_class = getattr(transformers, cls)
+        made: nn.Module = model_class(model_class.config_class(**config))
+        return made
+
+    return make
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": hub("MixtralForCausalLM", **_GQA | _OWN, num_local_experts=EXPERTS),
+    "qwen3_moe": hub("Qwen3MoeForCausalLM", **_GQA | _BESIDE, num_experts=EXPERTS, norm_topk_prob=True),
+    # Three groups of experts, of which two are open to each token.
+    "deepseek_v3": hub(
+        "DeepseekV3ForCausalLM", **_MLA | _BESIDE, n_routed_experts=EXPERTS, n_shared_experts=1, n_group=3,
+        topk_group=2, first_k_dense_replace=1,
+    ),
+    "gpt_oss": hub(
+        "GptOssForCausalLM", **_GQA | _OWN, num_local_experts=EXPERTS, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "olmoe": hub("OlmoeForCausalLM", **_GQA | _OWN | {"head_dim": 10}, num_experts=EXPERTS),
+}  # fmt: skip
+
+
+@functools.cache
+def family(name: str) -> Traced:
+    return trace(randomised(FAMILIES[name]()))
+
+
+@functools.cache
+def quartered(name: str) -> Plan:
+    """A quarter of the experts and of the channels of experts is gone."""
+    found, draw = family(name), np.random.default_rng(0)
+    groups = [*found.able("expert"), *(g for g in found.able("ffn") if g.size == CHANNELS)]
+    return found.without({g: draw.permutation(g.size)[: g.size // 4] for g in groups})
+
+
+@functools.cache
+def small(name: str) -> nn.Module:
+    return sir.shear(family(name).model, quartered(name))
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_experts_and_their_channels_can_go_in_every_layer(name: str) -> None:
+    kinds = [c.kind for c in quartered(name).cuts]
+    layers = 1 if name == "deepseek_v3" else 2
+    assert kinds.count("expert") == layers
+    assert kinds.count("ffn") >= layers
+
+
+def test_the_modules_compute_what_the_original_does_that_never_routes_to_what_is_gone(name: str) -> None:
+    report = sir.verify(family(name).model, small(name), quartered(name))
+    assert len(set(report.lengths)) >= 2
+    assert report.max_abs_diff <= 1e-5
+    assert report.moved > 1e-3
+
+
+def test_the_graph_computes_what_the_original_does_that_never_routes_to_what_is_gone(name: str) -> None:
+    found = family(name)
+    report = found.report(found.graph(quartered(name)), quartered(name))
+    assert report.max_abs_diff <= 1e-5
+    assert report.moved > 1e-3
+
+
+def test_a_mask_of_zeros_alone_is_another_function(name: str) -> None:
+    found = family(name)
+    assert not found.report(small(name), replace(quartered(name), routers={})).sound
+
+
+def test_the_stock_class_loads_fewer_experts(name: str, tmp_path: Path) -> None:
+    saved = sir.save(small(name), tmp_path / "out")
+    assert saved.stock, saved.note
+    stock = type(family(name).model).from_pretrained(saved.path)  # type: ignore[attr-defined]
+    stock.set_experts_implementation(family(name).model.get_experts_implementation())  # type: ignore[operator]
+    assert same(outputs(stock, family(name).feed), outputs(small(name), family(name).feed))
+    # How many are chosen is the model's own matter.
+    assert stock.config.num_experts_per_tok == CHOSEN
+
+
+def test_a_plan_of_experts_leaves_as_many_in_every_layer() -> None:
+    plan = sir.plan(family("mixtral").program, ratio=0.2, kinds=("expert",), importance="random")
+    assert {(c.kind, len(c.kept)) for c in plan.cuts} == {("expert", 9)}
+    assert plan.routers == {f"model.layers.{layer}.mlp.gate.weight": 0 for layer in (0, 1)}
+    assert Plan.from_json(plan.to_json()).routers == plan.routers
+
+
+def test_as_many_experts_stay_as_are_chosen() -> None:
+    program = family("mixtral").program
+    with pytest.raises(sir.PlanError, match=r"at least 3 experts left in every layer, at most 0\.\d+ of the param"):
+        sir.plan(program, ratio=0.6, kinds=("expert",), importance="random")
+    group = family("mixtral").able("expert")[0]
+    with pytest.raises(sir.PlanError, match=r"leaves 2 of the 12 units of e0, .* chooses 3 for every token"):
+        family("mixtral").without({group: range(10)})
+
+
+def test_of_groups_of_experts_the_same_places_go_and_enough_stay_for_a_token() -> None:
+    (group,) = family("deepseek_v3").able("expert")
+    # Two groups of two each are open to a choice of three.
+    assert (group.size, group.least) == (EXPERTS // 3, 2)
+
+
+def test_products_by_groups_want_channels_in_multiples_and_a_plan_says_so() -> None:
+    plan = sir.plan(family("mixtral").program, ratio=0.1, kinds=("ffn",), importance="random")
+    assert {len(c.kept) for c in plan.cuts} == {12}
+    assert {c.reason for c in plan.cuts} == {
+        "least by random; a multiple of 4, as the kernel for products by groups wants"
+    }
+
+
+def test_the_multiple_is_that_of_the_precision_and_of_the_way_experts_are_run() -> None:
+    def multiples(dtype: torch.dtype, **how: Any) -> set[int]:
+        made = hub("MixtralForCausalLM", **_GQA | _OWN | {"num_hidden_layers": 1} | how, num_local_experts=5)()
+        return {g.multiple for g in sir.groups(sir.trace(made.to(dtype))) if g.kind == "ffn"}
+
+    assert multiples(torch.bfloat16) == {8}
+    assert multiples(torch.float32, experts_implementation="batched_mm") == {1}
