@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shear_backends.attributes import spans
+from shear_backends.config_builds import Shapes, asked_for, built_shapes, shapes_of
 from shear_ir.axes import Axis, Mask, evaluate
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.plans import Kept
@@ -25,7 +26,6 @@ from shear_passes.rewrite.rescale_norm import NormFix
 Field = tuple[str | int, ...]
 """The way to a config field: attribute names, and places in lists."""
 Changes = dict[Field, int]
-Shapes = dict[str, tuple[int, ...]]
 
 _BUILDS = 96
 _FEW = 2
@@ -81,10 +81,10 @@ def _base_alone(
 
 def _changes(model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]]) -> Changes | None:
     """The fields to change, searched for in a model of few layers where the whole model confirms what is found."""
-    depth = _few_layers(model, _shapes(model))
+    depth = _few_layers(model, shapes_of(model))
     if depth:
         few = _Search(model, target, sizes, depth).run()
-        if few is not None and _shapes_of(model, few) == target:
+        if few is not None and _changed_shapes(model, few) == target:
             return few
     whole = _Search(model, target, sizes)
     return None if whole.base is None or set(whole.base) != set(target) else whole.run()
@@ -96,7 +96,7 @@ def _few_layers(model: nn.Module, base: Shapes) -> Changes:
     fewer: Changes = {}
     for path, value in _fields(model.config):
         if isinstance(value, int) and value > _FEW and value in lengths:
-            shapes = _shapes_of(model, {**fewer, path: _FEW})
+            shapes = _changed_shapes(model, {**fewer, path: _FEW})
             if shapes is not None and len(shapes) < len(base) and shapes.items() <= base.items():
                 fewer[path] = _FEW
     return fewer
@@ -142,7 +142,7 @@ def _set(config: Any, path: Field, value: Any) -> None:
 
 def _target(model: nn.Module, kept: Kept) -> Shapes:
     """The shapes the sheared model's tensors must have."""
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     for name, dims in kept.items():
         if name in shapes:
             shape = list(shapes[name])
@@ -152,21 +152,13 @@ def _target(model: nn.Module, kept: Kept) -> Shapes:
     return shapes
 
 
-def _shapes(model: nn.Module) -> Shapes:
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tuple(tensor.shape) for name, tensor in named}
-
-
-def _shapes_of(model: nn.Module, changes: Changes) -> Shapes | None:
+def _changed_shapes(model: nn.Module, changes: Changes) -> Shapes | None:
     """The shapes of a model of this class with the given fields changed; None when the class refuses them."""
-    # Here, because only a model of transformers has come this far.
-    from transformers.initialization import no_init_weights
-
     try:
-        with torch.device("meta"), no_init_weights():
-            return _shapes(type(model)(_changed(model.config, changes)))
-    except Exception:  # any constructor may refuse any config: then it is not this one
+        config = _changed(model.config, changes)
+    except Exception:  # a config class may refuse a field before any constructor does
         return None
+    return built_shapes(type(model), config)
 
 
 def _changed(config: Any, changes: Changes) -> Any:
@@ -247,7 +239,8 @@ class _Search:
         Each at the value that changes nothing, so that a field it was derived from can change without it.
         """
         silent = [path for path, value in fields.items() if value is None]
-        silent += [(name,) for name in self._asked_for() if (name,) not in fields]
+        missed = asked_for(type(self.model), _changed(self.model.config, self.depth))
+        silent += [(name,) for name in missed if (name,) not in fields]
         probe = 1 + max(self.sizes, default=0)
         pins: Changes = {}
         for path in silent:
@@ -260,24 +253,6 @@ class _Search:
                     pins[path] = value
                     break
         return pins
-
-    def _asked_for(self) -> list[str]:
-        """Names the constructor looks up in the config although the config does not have them."""
-        missed: list[str] = []
-        config = _changed(self.model.config, self.depth)
-        kind = type(config)
-
-        def note(_: Any, name: str) -> Any:
-            missed.append(name)
-            raise AttributeError(name)
-
-        config.__class__ = type(kind.__name__, (kind,), {"__getattr__": note})
-        try:
-            with torch.device("meta"):
-                type(self.model)(config)
-        except Exception:  # a class may look at its config's type: then nothing is learned
-            return []
-        return [n for n in dict.fromkeys(missed) if not n.startswith("_")]
 
     def _helps(self, changes: Changes) -> bool:
         """Whether a change moves dims, and only such as have to move; a build that fails says nothing against it."""
@@ -313,7 +288,7 @@ class _Search:
         """The shapes of a model built with ``changes``; None when the class refuses them."""
         key = frozenset(changes.items())
         if key not in self.builds and len(self.builds) < _BUILDS:
-            self.builds[key] = _shapes_of(self.model, {**changes, **self.depth})
+            self.builds[key] = _changed_shapes(self.model, {**changes, **self.depth})
         return self.builds.get(key)
 
 
