@@ -18,6 +18,25 @@ settings.register_profile("house", deadline=None, derandomize="CI" in os.environ
 settings.load_profile("house")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``-n --dist loadgroup``: one worker has all tests of a family, or of a file, and traces its models once.
+
+    The families come last: they are many small groups, which keep every worker busy to the end.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_family(item) or str(item.path)))
+    items.sort(key=lambda item: _family(item) is not None)
+
+
+def _family(item: pytest.Item) -> str | None:
+    """The model of the zoo that a test is about, when it is a parameter of it."""
+    from tests.zoo import FAMILIES  # not above: it imports huggingface_hub
+
+    given = getattr(item, "callspec", None)
+    return next((v for v in given.params.values() if isinstance(v, str) and v in FAMILIES), None) if given else None
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Random weights and inputs are the same in every run and in any order of tests."""

@@ -71,7 +71,7 @@ class Road:
 
     @functools.cached_property
     def graph(self) -> nn.Module:
-        return sir.shear(self.model, self.plan, backend="graph")
+        return self.traced.sheared_graph(self.plan)
 
     def verified(self, small: nn.Module) -> Report:
         return sir.verify(self.model, small, self.plan)
