@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from shear_backends.folder import refuse_existing
+from shear_backends.folder import refuse_existing, tidy
 from shear_backends.module import RECORD
 from shear_backends.store import Saved
 from shear_ir.errors import LoadError, PlanError
@@ -74,6 +74,8 @@ def recover_stages(
     sources = prepare(data, tokenizer, progress)
     require_readable(model, sources)
     with alone(place):
+        tidy(out)
+        refuse_existing(out, force)  # once more: it may have been put back
         kept = Work(place, state, {
             "weights (of another model or plan)": weights_digest(model),
             "dense model": digest_of(dense_name if callable(dense) else dict(dense)),

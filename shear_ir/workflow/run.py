@@ -12,7 +12,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from shear_backends.folder import refuse_existing
+from shear_backends.folder import refuse_existing, tidy
 from shear_backends.store import Saved
 from shear_ir import pipeline
 from shear_ir.errors import PlanError
@@ -78,6 +78,8 @@ def lorashear(
     place = place_of(out, work)
     run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, keep_work, progress)
     with alone(place):
+        tidy(out)
+        refuse_existing(out, force)  # once more: it may have been put back
         return run.go(out, source, force, command)
 
 

@@ -22,6 +22,13 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_lock_of_a_run_that_was_killed_holds_nobody_up(tmp_path: Path) -> None:
+    (tmp_path / ".out.work.lock").touch()
+    with alone(tmp_path / "out.work"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_several_processes_the_first_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with alone(tmp_path / "out.work"):
         monkeypatch.setenv("RANK", "1")
