@@ -23,6 +23,7 @@ _HOMES = {
     "scores": "shear_ir.pipeline",
     "shear": "shear_ir.pipeline",
     "repair": "shear_ir.repairing",
+    "rotate": "shear_ir.repairing",
     "verify": "shear_ir.pipeline",
     "save": "shear_ir.pipeline",
     "load": "shear_ir.pipeline",

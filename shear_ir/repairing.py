@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from shear_backends.graph import tensors_of
+from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters
-from shear_ir.pipeline import analyses, groups, planned_program
+from shear_ir.frontend.inputs import as_inputs, example_inputs
+from shear_ir.pipeline import analyses, groups, planned_program, trace
 from shear_ir.plans import Plan
 from shear_passes.analysis.consumers import FindConsumers
+from shear_passes.analysis.find_groups import Groups
 from shear_passes.importance.base import collect
 from shear_passes.importance.calibration import Progress
 from shear_passes.importance.scoring import prepared
+from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.repair import FlapBias, LeastSquares, Repair
+from shear_passes.repair.rotate_heads import rotated_heads
+from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, with_plain_norms
 
+Rotation = Literal["residual", "heads"]
 REPAIRS: Mapping[str, type[Repair]] = {cls.name(): cls for cls in (LeastSquares, FlapBias)}
 
 
@@ -38,7 +46,7 @@ def repair(
     wanted = [_named(each) for each in repairs] or [LeastSquares()]
     program = planned_program(model, plan, inputs)
     found = groups(program)
-    weights = {name: tensors_of(model)[name] for name in program.params if name in tensors_of(model)}
+    weights = _weights(model, found)
     manager = prepared(
         analyses(program), [], weights=weights, model=model, data=data, progress=progress
     )  # fmt: skip
@@ -48,6 +56,61 @@ def repair(
         statistics, consumers = manager.get(each.statistics()), manager.get(FindConsumers())
         changed |= each.repaired({**weights, **changed}, found, plan, consumers, statistics)
     return _with(model, changed)
+
+
+def rotate(
+    model: nn.Module, what: Rotation, *, data: Iterable[Any] | None = None, inputs: Any = None,
+    progress: Progress | None = None,
+) -> nn.Module:  # fmt: skip
+    """A copy of ``model`` in another basis: the same function, in which the first units of a kind matter most.
+
+    ``residual``: the stream in its principal directions over ``data`` (SliceGPT, with one basis for all blocks; RMS
+    norms only); then cut ``kinds=("residual",), importance="order"``. ``heads``: the values of each head by singular
+    values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",), importance="order"``. Stock
+    classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
+    """
+    if has_adapters(model):
+        raise PlanError(
+            "a rotation changes base weights, which adapters were trained on: merge them first"
+        )
+    if what == "heads":
+        found = groups(trace(model, inputs))
+        consumers = analyses(found.program).get(FindConsumers())
+        return _checked(model, _with(model, rotated_heads(_weights(model, found), found, consumers)), inputs)
+    if what != "residual":
+        raise PlanError(f"there is no rotation '{what}'; there are residual and heads")
+    if data is None:
+        raise PlanError("the principal directions of the stream are those of data: pass data=batches (--data FILE)")
+    found = groups(trace(model, inputs))
+    plain = with_plain_norms(_weights(model, found), found, analyses(found.program).get(FindConsumers()))
+    folded = _with(model, plain)
+    found = groups(trace(folded, inputs))
+    manager = prepared(
+        analyses(found.program), [], weights=None, model=folded, data=data, progress=progress
+    )  # fmt: skip
+    consumers, statistics = manager.get(FindConsumers()), manager.get(ReadStatistics(gram=True))
+    turned = rotated_stream(_weights(folded, found), found, principal_basis(found, consumers, statistics))
+    return _checked(model, _with(folded, turned), inputs)
+
+
+def _weights(model: nn.Module, found: Groups) -> dict[str, Tensor]:
+    own = tensors_of(model)
+    return {name: own[name] for name in found.program.params if name in own}
+
+
+def _checked(model: nn.Module, rotated: nn.Module, inputs: Any) -> nn.Module:
+    """``rotated``, which has to compute what ``model`` does; raises ``PlanError`` where it does not."""
+    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
+    with evaluation(model), evaluation(rotated), torch.no_grad():
+        expected = run(model, feed)
+        gap = difference(expected, run(rotated, feed))
+    scale = max([1.0, *(float(t.abs().max()) for t in expected if t.numel())])
+    if not gap <= 1e-4 * scale:
+        raise PlanError(
+            f"{type(model).__name__} cannot be rotated: something between its products does not allow another basis "
+            f"(outputs would differ by {gap:.3g})"
+        )
+    return rotated
 
 
 def _named(wanted: Repair | str) -> Repair:

@@ -59,7 +59,7 @@ def _fix(program: Program, groups: Groups, made: Contraction, factor: float) -> 
         if op_name(node) == "aten.add.Tensor" and eps is None and isinstance(node.args[1], float):
             eps = node.args[1]
         for operand in node.all_input_nodes:
-            found = _scale(program, operand)
+            found = scale_of(program, operand)
             if op_name(node) in ("aten.mul.Tensor", "aten.rms_norm") and found is not None:
                 return NormFix(module_path(made.node), eps, found[0], found[1], factor)
     raise ShearingError(
@@ -80,7 +80,7 @@ def _readers(node: fx.Node) -> Iterator[fx.Node]:
                 queue.append(user)
 
 
-def _scale(program: Program, node: fx.Node) -> tuple[str, float] | None:
+def scale_of(program: Program, node: fx.Node) -> tuple[str, float] | None:
     """The parameter behind a factor ``p`` or ``p + c``, with c."""
     offset = 0.0
     while program.param(node) is None:

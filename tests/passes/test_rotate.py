@@ -1,0 +1,88 @@
+"""Rotations: another basis, the same function; the units that then go first are those that matter least."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import shear_ir as sir
+from shear_ir.errors import PlanError
+from tests.passes.test_statistics import batches
+from tests.zoo import build
+
+
+def outputs(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**b).logits.flatten(0, 1) for b in batches(4, 15)])
+
+
+def gap(a: nn.Module, b: nn.Module) -> float:
+    return float((outputs(a) - outputs(b)).square().mean())
+
+
+def cut(model: nn.Module, kind: str, ratio: float, step: int = 1, backend: Any = "module") -> nn.Module:
+    plan = sir.plan(sir.trace(model), ratio=ratio, kinds=(kind,), importance="order", stock=False, round_to=step)
+    small = sir.shear(model, plan, backend=backend)
+    sir.verify(model, small, plan).raise_if_unsound()
+    return small
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3"])
+def test_a_rotated_stream_is_the_same_function(name: str) -> None:
+    model = build(name)
+    rotated = sir.rotate(model, "residual", data=batches())
+    assert torch.allclose(outputs(rotated), outputs(model), atol=1e-4)
+    moved = [n for n, p in rotated.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+    assert any("embed_tokens" in n for n in moved)
+
+
+def test_the_first_directions_of_the_stream_carry_most(tmp_path: Any) -> None:
+    model = build("llama_gqa")
+    rotated = sir.rotate(model, "residual", data=batches(4, 15))
+    small = cut(rotated, "residual", 0.2, step=8)
+    assert gap(small, model) < 0.8 * gap(cut(model, "residual", 0.2, step=8), model)
+    assert sir.save(small, tmp_path / "small").stock
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
+def test_rotated_heads_are_the_same_function(name: str) -> None:
+    model = build(name)
+    rotated = sir.rotate(model, "heads")
+    assert torch.allclose(outputs(rotated), outputs(model), atol=1e-4)
+
+
+def test_cutting_rotated_heads_is_truncating_the_product_optimally() -> None:
+    """Against the Eckart-Young bound, from the singular values of the stacked products of each head."""
+    model: Any = build("llama_gqa")
+    small = dict(cut(sir.rotate(model, "heads"), "head_dim", 0.02, backend="graph").named_parameters())
+    heads, wide = model.config.num_key_value_heads, model.config.num_attention_heads
+
+    def products(tensors: Any, layer: int, dim: int) -> torch.Tensor:
+        at = f"model.layers.{layer}.self_attn"
+        value = tensors[f"{at}.v_proj.weight"].double().reshape(heads, dim, -1)
+        output = tensors[f"{at}.o_proj.weight"].double().reshape(-1, heads, wide // heads, dim)
+        return torch.einsum("ohgv,hvi->hgoi", output, value).flatten(1, 2)
+
+    for layer in range(model.config.num_hidden_layers):
+        left = small[f"model.layers.{layer}.self_attn.v_proj.weight"].shape[0] // heads
+        dense = products(dict(model.named_parameters()), layer, model.config.head_dim)
+        lost = (dense - products(small, layer, left)).square().sum((1, 2))
+        bound = torch.linalg.svdvals(dense)[:, left:].square().sum(1)
+        assert left < model.config.head_dim
+        assert torch.allclose(lost, bound, rtol=1e-3)
+
+
+def test_what_cannot_be_rotated_says_why() -> None:
+    with pytest.raises(PlanError, match="the residual stream of this model cannot be rotated: "):
+        sir.rotate(build("gpt2"), "residual", data=batches(1))
+    with pytest.raises(PlanError, match=r"is tied to .*; untie them first"):
+        sir.rotate(build("gemma2"), "residual", data=batches(1))
+    with pytest.raises(PlanError, match="MixtralForCausalLM cannot be rotated: something between its products"):
+        sir.rotate(build("mixtral"), "residual", data=batches(1))
+    with pytest.raises(PlanError, match="pass data=batches"):
+        sir.rotate(build("llama_gqa"), "residual")
+    with pytest.raises(PlanError, match="there is no rotation 'hands'; there are residual and heads"):
+        sir.rotate(build("llama_gqa"), "hands")  # type: ignore[arg-type]
