@@ -34,7 +34,8 @@ def never_route(model: nn.Module, routers: Mapping[str, tuple[int, Indices]]) ->
     for name, (dim, kept) in routers.items():
         tensor = named[name]
         gone = torch.from_numpy(np.setdiff1d(np.arange(tensor.shape[dim]), kept)).to(tensor.device)
-        if tensor.numel() == tensor.shape[dim]:
+        # A matrix of one column scores by a product, too.
+        if tensor.numel() == tensor.shape[dim] and dim == tensor.dim() - 1:
             with torch.no_grad():
                 tensor.index_fill_(dim, gone, -math.inf)
         else:

@@ -62,3 +62,22 @@ class Tiled(nn.Module):
 
 def test_copies_counted_for_the_last_dim_alone_can_go() -> None:
     assert sound(Tiled(), (3, 4, 5)).prunable == 2
+
+
+class NarrowRouter(nn.Module):
+    """Experts scored by a matrix of one column, which is not a vector of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(1, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 1)), nn.Parameter(torch.randn(4, 1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.router(x).softmax(-1)
+        scores = torch.where(scores >= scores.topk(2, -1)[0][..., -1:], scores, 0.0)
+        inner = torch.relu(torch.einsum("bth,efh->betf", x, self.up))
+        return torch.einsum("betf,ehf,bte->bth", inner, self.down, scores)
+
+
+def test_a_router_of_one_column_is_a_matrix_in_the_reference() -> None:
+    assert sound(NarrowRouter(), (5, 3, 1)).prunable == 2

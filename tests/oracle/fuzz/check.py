@@ -27,7 +27,7 @@ import shear_ir as sir
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.masked_blocks import block_cuts, run_masked
 from shear_backends.verify import masked
-from shear_ir.axes import Hold
+from shear_ir.axes import Hold, Indices
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
@@ -127,7 +127,7 @@ class _Case:
         self.groups = sir.groups(program)
         # Whole blocks are modules, of which only torch.export knows.
         wide = [g for g in (self.groups if thorough else self.groups.of_axes) if g.size > 1]
-        self.able = [g for g in wide if g.prunable or g.rescalable]
+        self.able = [g for g in wide if (g.prunable or g.rescalable) and g.least < g.size]
         reasons = (_reason(g).partition(" at %")[0].partition(":")[0] for g in wide if g not in self.able)
         self.seen = Seen(
             ops=Counter(op_name(node) for node in program.calls()),
@@ -155,9 +155,18 @@ class _Case:
             self.check_twice(self.plan(self.groups, left, fewest=2))
 
     def plan(self, groups: Groups, cut: Sequence[Group], fewest: int) -> Plan:
-        """Each group of ``cut`` keeps a random choice of its units, at least ``fewest``."""
-        kept = {g: np.array(sorted(self.rng.sample(range(g.size), self.rng.randint(fewest, g.size - 1)))) for g in cut}
+        """Each group of ``cut`` keeps a random choice of its units, at least ``fewest``.
+
+        Of groups that are chosen from, one alone is cut: together they may leave too little to choose from.
+        """
+        chosen = [g for g in cut if g.least > 1][1:]
+        kept = {g: self.units(g, max(fewest, g.least)) for g in cut if g not in chosen}
         return build_plan(groups, sir.analyses(groups.program).get(MeasureCosts()), kept)
+
+    def units(self, group: Group, fewest: int) -> Indices:
+        """A random choice, so many that the kernels that read it allow for."""
+        counts = [n for n in range(fewest, group.size) if n % group.multiple == 0] or [group.size]
+        return np.array(sorted(self.rng.sample(range(group.size), self.rng.choice(counts))), np.int64)
 
     def check_plan(self, plan: Plan) -> Program:
         """The graph computes what the masked original does."""
@@ -181,7 +190,7 @@ class _Case:
         return run
 
     def compare(self, plan: Plan, run: Run, what: str) -> None:
-        reference, blocks = masked(self.model, plan.kept), block_cuts(plan.cuts)
+        reference, blocks = masked(self.model, plan.kept, plan.routers), block_cuts(plan.cuts)
         self.seen.plans += 1
         moved = 0.0
         tried = len(self.feeds) if self.thorough or self.seen.plans == 1 else 1
@@ -199,7 +208,7 @@ class _Case:
         once = self.check_plan(first)
         left = sir.groups(once)
         _same_groups(self.groups, left, first)
-        able = [g for g in left.of_axes if (g.prunable or g.rescalable) and g.size > 1]
+        able = [g for g in left.of_axes if (g.prunable or g.rescalable) and max(g.least, 1) < g.size]
         names = {c.group: len(c.kept) for c in first.cuts}
         able = [g for g in able if g.size == names.get(g.name, self.groups.by_name[g.name].size)]
         if not able:
