@@ -42,7 +42,7 @@ _OURS = ("config.json", "generation_config.json", RECORD_FILE, PLAN_FILE)
 @dataclass(frozen=True)
 class Saved:
     """Where a model was written. ``stock``: the stock class's ``from_pretrained`` gives identical outputs;
-    ``note``: why not, when it does not."""
+    ``note``: why not, when it does not, or the cast that has to follow."""
 
     path: Path
     stock: bool
@@ -170,10 +170,29 @@ def _stock(model: nn.Module, folder: Path, record: Record, adapted: nn.Module | 
     except Exception as failure:  # whatever stock code raises, the answer is that stock code does not load it
         return False, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
     again = again.to(next(model.parameters()).device)
+    cast = _cast_alike(model, again)
     feed = example_inputs(model)
     with evaluation(model), evaluation(again), torch.no_grad():
         gap = difference(run(model, feed), run(again, feed))
-    return gap == 0.0, "" if gap == 0.0 else f"the reloaded model's outputs differ by {gap:.3g}"
+    return gap == 0.0, cast if gap == 0.0 else f"the reloaded model's outputs differ by {gap:.3g}"
+
+
+def _cast_alike(model: nn.Module, again: nn.Module) -> str:
+    """Cast what ``again`` computes when it is made, such as rotary frequencies, as a ``.to(dtype)`` did in ``model``.
+
+    No file holds such buffers: whoever loads the model makes them anew, in full precision. Says so where it applies.
+    """
+    said = ""
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            mine, made = module._buffers[name], again.get_submodule(path)._buffers.get(name)
+            if mine is not None and made is not None and mine.dtype != made.dtype and mine.is_floating_point():
+                again.get_submodule(path)._buffers[name] = made.to(mine.dtype)
+                said = said or (
+                    f"computed buffers such as {name} were cast: from_pretrained(path).to({mine.dtype}) gives the same "
+                    f"outputs, from_pretrained(path) alone keeps them in {str(made.dtype).removeprefix('torch.')}"
+                )
+    return said
 
 
 def _loading(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import shear_ir as sir
@@ -20,6 +21,20 @@ Edit = Callable[[dict[str, Any]], None]
 def saved(tmp_path: Path) -> Path:
     model = build("gpt2")
     return sir.save(sir.shear(model, sir.plan(sir.trace(model), ratio=0.2)), tmp_path / "out").path
+
+
+def test_a_model_that_was_cast_is_stock_and_the_cast_that_its_computed_buffers_need_is_said(tmp_path: Path) -> None:
+    model = build("llama_gqa").to(torch.bfloat16)
+    small = sir.shear(model, sir.plan(sir.trace(model), ratio=0.2))
+    saved = sir.save(small, tmp_path / "out")
+    assert saved.stock
+    assert saved.note.startswith(
+        "computed buffers such as inv_freq were cast: from_pretrained(path).to(torch.bfloat16)"
+    )
+    again = type(model).from_pretrained(tmp_path / "out").to(torch.bfloat16)  # type: ignore[attr-defined]
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, small(ids).logits)
 
 
 def attribute(name: str, value: int) -> Edit:
