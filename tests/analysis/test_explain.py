@@ -315,3 +315,23 @@ def test_a_name_that_is_not_there_is_refused(name: str, said: str) -> None:
     with pytest.raises(ShearError) as refused:
         explain(explained.Block(), name)
     assert str(refused.value) == said
+
+
+def test_a_block_is_what_lies_between_two_values_of_its_stream() -> None:
+    expect(
+        explain(explained.Blocks(), "block", IDS),
+        """
+        block: 5 block units in 30 slices, prunable
+        names that begin with a dot are in layers
+
+        from what enters each unit, over the sums of its blocks, to what leaves it:
+
+        1. %.0
+             %embed
+             -> %.0  aten.add  explained.py: return x + self.down(F.gelu(self.up(self.norm(x))))
+
+        2. %.1   (likewise in layers.2–4)
+             %.0
+             -> %.1  aten.add  explained.py: return x + self.down(F.gelu(self.up(self.norm(x))))
+        """,
+    )

@@ -62,6 +62,8 @@ class _Boxes:
     def chain(self, chain: Chain) -> None:
         """What the chain adds to what was drawn."""
         before = chain.start
+        if before not in self._folded:
+            self.root(before)
         for step in chain.steps:
             self._step(before, step, likewise(chain) if step.to == chain.end else "")
             before = step.to or before
@@ -138,7 +140,7 @@ def _cell(text: str) -> str:
 
 
 def _dim(at: At, proof: Proof) -> str:
-    return f"{where(at, proof.module)}  [{at.axes}]"
+    return where(at, proof.module) + (f"  [{at.axes}]" if at.axes else "")
 
 
 def _fill(proof: Proof) -> str:

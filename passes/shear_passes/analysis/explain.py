@@ -21,6 +21,8 @@ from shear_ir.errors import ShearError
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.printer import op_text, value_names
 from shear_ir.program import Program, module_path, source_line
+from shear_passes.analysis.block_groups import BlockGroup
+from shear_passes.analysis.dump import short_reason
 from shear_passes.analysis.explanation import At, Chain, Explanation, Proof, Step
 from shear_passes.analysis.find_groups import FindGroups, Group, Groups
 from shear_passes.analysis.ties import Place, Tie, Ties
@@ -38,7 +40,8 @@ class Explain(Analysis[Explanation]):
         """Linear in the calls that the axis meets, for each of its slices at most the length of its chain."""
         groups = analyses.get(FindGroups())
         writer = _Writer(program, groups)
-        proofs = [writer.proof(group, places) for group, places in _asked(self.of, groups, writer)]
+        whole = [writer.blocks(group) for group in groups.blocks if group.name == self.of]
+        proofs = whole or [writer.proof(group, places) for group, places in _asked(self.of, groups, writer)]
         return Explanation(self.of, program.owner, tuple(proofs))
 
 
@@ -69,6 +72,24 @@ class _Writer:
             apart=tuple(self._at(end) for end in ends if end not in reached),
             seen=self._seen(group) if held and not held.at else (),
         )
+
+    def blocks(self, group: BlockGroup) -> Proof:
+        """What enters and leaves each unit of a group of blocks, and the sums in it."""
+        chains = [
+            Chain(
+                self._whole(unit.blocks[0].entry),
+                tuple(self._step_to(block.exit, self._whole(block.exit)) for block in unit.blocks),
+                reason=short_reason(unit.reason, self.names),
+            )
+            for unit in group.units
+        ]
+        return Proof(
+            group.name, group.kind, group.size, len(group.slices), group.module,
+            short_reason(group.reason, self.names), False, chains[0].start, None, tuple(_folded(chains)), blocks=True,
+        )  # fmt: skip
+
+    def _whole(self, node: fx.Node) -> At:
+        return At(self.names[node.name], None, "")
 
     def slices(self, group: Group) -> list[Place]:
         """The occurrences of a group in parameters, in graph order."""
@@ -132,20 +153,19 @@ class _Writer:
         return Chain(self._at(path[0]), tuple(steps))
 
     def _step(self, zeros: bool, before: Place | Tie, tie: Place | Tie, to: Place | Tie | None = None) -> Step:
+        assert isinstance(before, Place)
         node = self.ties.node[tie.node]
-        spoils = isinstance(before, Place) and isinstance(to, Place) and to.node == node.name
-        return Step(
-            node=node.name,
-            operator=op_text(node) if node.op == "call_function" else node.op,
-            value=self.names.get(node.name, ""),
-            module=module_path(node),
-            line=source_line(node),
-            to=self._at(to) if isinstance(to, Place) else None,
-            spoils=zeros and spoils and self._zero(before) and not self._zero(to),
-        )
+        if not isinstance(to, Place):
+            return self._step_to(node, None)
+        spoils = zeros and to.node == node.name and self._zero(before) and not self._zero(to)
+        return self._step_to(node, self._at(to), spoils)
 
-    def _zero(self, place: Place | Tie | None) -> bool:
-        assert isinstance(place, Place)
+    def _step_to(self, node: fx.Node, to: At | None, spoils: bool = False) -> Step:
+        operator = op_text(node) if node.op == "call_function" else node.op
+        value = self.names.get(node.name, "")
+        return Step(node.name, operator, value, module_path(node), source_line(node), to, spoils)
+
+    def _zero(self, place: Place) -> bool:
         dims = self.groups.axes.of_node[place.node][place.result]
         return list(atoms(dims[place.dim]))[place.leaf] in self.groups.zeros.of_node.get(place.node, ())
 
@@ -203,7 +223,7 @@ def _folded(chains: Iterable[Chain]) -> Iterator[Chain]:
 
 def _sign(chain: Chain) -> Any:
     steps = ((s.operator, s.line, _plain(s.module), _sign_at(s.to)) for s in chain.steps)
-    return _sign_at(chain.start), *steps
+    return _plain(chain.reason), _sign_at(chain.start), *steps
 
 
 def _sign_at(at: At | None) -> Any:

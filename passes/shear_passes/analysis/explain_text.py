@@ -68,39 +68,51 @@ def _proof(proof: Proof) -> Iterator[str]:
         yield f"frozen: {reason(proof)}"
     if proof.module:
         yield f"names that begin with a dot are in {proof.module}"
-    if proof.reason and proof.freeze is None:
+    if proof.reason and proof.freeze is None and not proof.blocks:
         yield f"operators that meet it: {', '.join(proof.seen) or 'none'}"
     if proof.freeze is not None:
         yield ""
         yield f"from {_titled(proof.freeze.start, proof.module)} to what freezes it:"
         yield from _steps(proof.freeze, proof.module)
     yield ""
+    if proof.blocks:
+        yield "from what enters each unit, over the sums of its blocks, to what leaves it:"
+        yield from _numbered(proof)
+        return
     if proof.slices == 1 and not proof.chains:
         yield f"{_titled(proof.root, proof.module)} is its only slice"
         return
     yield f"tied to {_titled(proof.root, proof.module)}:"
-    for number, chain in enumerate(proof.chains, 1):
-        more = likewise(chain)
-        yield ""
-        yield f"{number}. {_titled(chain.end, proof.module)}" + (f"   ({more})" if more else "")
-        yield from _steps(chain, proof.module)
+    yield from _numbered(proof)
     if proof.apart:
         yield ""
         yield "tied by no chain of single operators:"
         yield from (f"     {_titled(at, proof.module)}" for at in proof.apart)
 
 
+def _numbered(proof: Proof) -> Iterator[str]:
+    for number, chain in enumerate(proof.chains, 1):
+        more = likewise(chain)
+        yield ""
+        yield f"{number}. {_titled(chain.end, proof.module)}" + (f"   ({more})" if more else "")
+        if chain.reason:
+            yield f"     it stays: {chain.reason}"
+        yield from _steps(chain, proof.module, "->" if proof.blocks else "=")
+
+
 def _titled(at: At, module: str) -> str:
-    return f"{where(at, module)} [{at.axes}]"
+    return where(at, module) + (f" [{at.axes}]" if at.axes else "")
 
 
-def _steps(chain: Chain, module: str) -> Iterator[str]:
+def _steps(chain: Chain, module: str, sign: str = "=") -> Iterator[str]:
     rows = [(where(chain.start, module), "", "")]
     before, shown = chain.start, None
     for step in chain.steps:
         code = "" if step.line == shown else _code(step)
         shown = step.line
-        rows.append((f"= {where(step.to, module)}" if step.to else "x frozen", operator(step, before, module), code))
+        rows.append(
+            (f"{sign} {where(step.to, module)}" if step.to else "x frozen", operator(step, before, module), code)
+        )
         before = step.to or before
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     for to, by, code in rows:

@@ -12,16 +12,18 @@ from shear_passes.analysis.roles import Kind
 class At:
     """A dim of a value as people read it: ``value`` under its printed name, ``axes`` with the names of groups.
 
-    ``part``: which of the axis's occurrences in the dim is meant, as ``2nd r``; empty where there is one.
+    ``dim`` is None for a value as a whole. ``part``: which of the axis's occurrences in the dim is meant, as ``2nd r``;
+    empty where there is one.
     """
 
     value: str
-    dim: int
+    dim: int | None
     axes: str
     part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.value}, dim {self.dim}" + (f", {self.part}" if self.part else "")
+        dim = "" if self.dim is None else f", dim {self.dim}"
+        return self.value + dim + (f", {self.part}" if self.part else "")
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """From ``start`` over ``steps``; ``alike``: the chains of other layers that read the same but for numbers."""
+    """From ``start`` over ``steps``; ``alike``: the chains of other layers that read the same but for numbers.
+
+    ``reason``: of a chain of blocks, why it cannot go.
+    """
 
     start: At
     steps: tuple[Step, ...]
     alike: tuple[Chain, ...] = field(default=(), compare=False)
+    reason: str = ""
 
     @property
     def end(self) -> At:
@@ -59,7 +65,7 @@ class Proof:
     """One axis: what froze it, and what ties each of its slices to ``root`` or to what an earlier chain passed.
 
     ``apart``: slices that no chain of calls, each taken by itself, leads to. ``seen``: for an axis that no call
-    froze, the operators that it meets.
+    froze, the operators that it meets. ``blocks``: the units are blocks, and each chain leads over the sums of one.
     """
 
     group: str
@@ -74,6 +80,7 @@ class Proof:
     chains: tuple[Chain, ...]
     apart: tuple[At, ...] = ()
     seen: tuple[str, ...] = ()
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
