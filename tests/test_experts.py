@@ -16,6 +16,7 @@ from torch import nn
 
 import shear_ir as sir
 from shear_ir.plans import Plan
+from shear_ir.training.lhspg import LHSPG
 from tests.roads import Traced, outputs, same, trace
 from tests.zoo import randomised
 
@@ -154,3 +155,10 @@ def test_the_multiple_is_that_of_the_precision_and_of_the_way_experts_are_run() 
 
     assert multiples(torch.bfloat16) == {8}
     assert multiples(torch.float32, experts_implementation="batched_mm") == {1}
+
+
+def test_training_cannot_make_an_expert_one_that_is_never_routed_to() -> None:
+    found = family("mixtral")
+    optimizer = torch.optim.SGD(found.model.parameters(), lr=0.1)
+    with pytest.raises(sir.PlanError, match="e0 counts experts: zero weights do not say"):
+        LHSPG(optimizer, found.model, found.groups, {"e0": 2})

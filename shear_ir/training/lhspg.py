@@ -277,6 +277,10 @@ def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:
             raise PlanError(f"there is no group {name}; groups are named like {next(iter(groups)).name}")
         if not group.prunable:
             raise PlanError(f"{name} cannot lose units: {group.reason}")
+        if group.axis in groups.zeros.routers:
+            raise PlanError(
+                f"{name} counts experts, which go by never being routed to: weights of zero do not say that"
+            )
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < group.size:
             raise PlanError(f"{name} has {group.size} units: a whole number below that can become zero, not {count}")
         found.append(group)
