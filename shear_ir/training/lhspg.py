@@ -279,7 +279,7 @@ def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:
             raise PlanError(f"{name} cannot lose units: {group.reason}")
         if group.axis in groups.zeros.routers:
             raise PlanError(
-                f"{name} counts experts, which go by never being routed to: weights of zero do not say that"
+                f"{name} counts experts: zero weights do not say that one is never routed to, so prune them at once"
             )
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < group.size:
             raise PlanError(f"{name} has {group.size} units: a whole number below that can become zero, not {count}")
