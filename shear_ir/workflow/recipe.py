@@ -22,12 +22,14 @@ class Sensitivity:
     """How the knowledge distribution is measured. Raises ``PlanError`` for a bad value.
 
     ``ratios``: shares of a group that are masked; ``freeze``: share of the groups that stay whole, the most sensitive;
-    ``rows``: validation rows per source to measure on, all of them when 0.
+    ``rows``: validation rows per source to measure on, all of them when 0. ``allocate``: the groups that are not
+    frozen lose what costs least by the same measurements, instead of the same share.
     """
 
     ratios: tuple[float, ...] = RATIOS
     freeze: float = 0.1
     rows: int = 0
+    allocate: bool = False
 
     def __post_init__(self) -> None:
         if not self.ratios:
@@ -50,6 +52,17 @@ class Recipe:
     pruning: Pruning = field(default_factory=Pruning)
     recovery: Recovery = field(default_factory=Recovery)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.knowledge.allocate and self.pruning.compete:
+            raise PlanError(
+                "layers share by what was measured (knowledge.allocate) or by rank (pruning.compete): not both"
+            )
+
+    @property
+    def allocation(self) -> str:
+        """How layers share what goes, as ``shear_ir.plan`` names it."""
+        return "by-knowledge" if self.knowledge.allocate else "isomorphic" if self.pruning.compete else "uniform"
 
     def stage(self, name: str) -> Recovery:
         """The options of the recovery stage ``name``."""
@@ -79,10 +92,14 @@ def load_recipe(path: str | Path) -> Recipe:
     for section in read:
         if section not in sections:
             raise LoadError(f"{path} has a section {section}; a recipe has {', '.join(sorted(sections))}")
-    made = Recipe(
+    parts = (
         _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
         _section(path, "recovery", Recovery, read),
     )  # fmt: skip
+    try:
+        made = Recipe(*parts)
+    except PlanError as failure:
+        raise LoadError(f"{path}: {failure}") from failure
     stages = _mapping(path, "stages", read.get("stages"))
     return replace(made, stages={name: _stage(path, name, made.recovery, stages[name]) for name in stages})
 

@@ -181,14 +181,17 @@ class _Run:
         self.work.once(path.is_file(), make)
         return Knowledge.load(path)
 
-    def _target(self, frozen: tuple[str, ...]) -> Plan:
+    def _target(self, frozen: tuple[str, ...], knowledge: Knowledge | None = None) -> Plan:
         """How many units of each group go; training decides which. Without frozen groups the choice is possible."""
         chosen = self.choice
+        measured = self.recipe.allocation == "by-knowledge"
         try:
             return pipeline.plan(
                 self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
                 only=chosen.only, skip=chosen.skip, frozen=frozen, importance="magnitude",
-                allocation="isomorphic" if self.recipe.pruning.compete else "uniform",
+                # Before anything is measured it can be seen all the same whether the ratio is within reach.
+                allocation="uniform" if measured and knowledge is None else self.recipe.allocation,
+                knowledge=None if knowledge is None else knowledge.curves,
             )  # fmt: skip
         except PlanError as failure:
             if not frozen:
@@ -203,7 +206,7 @@ class _Run:
         folder = self.work.path("pruned")
         dense = self.model
         if not folder.is_dir():
-            target = self._target(knowledge.frozen)
+            target = self._target(knowledge.frozen, knowledge)
             # What cannot be sheared is to be known before hours of training, not after them.
             pipeline.shear(self.model, target)
             made = prune(

@@ -17,7 +17,7 @@ from shear_ir.workflow.recipe import Recipe, Sensitivity, load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 
 OTHER: dict[str, dict[str, Any]] = {
-    "knowledge": {"ratios": [0.3, 0.6], "freeze": 0.25, "rows": 7},
+    "knowledge": {"ratios": [0.3, 0.6], "freeze": 0.25, "rows": 7, "allocate": True},
     "pruning": {
         "rank": 3, "alpha": 5.0, "lr": 0.002, "schedule": "cosine", "lr_warmup": 0.1, "batch": 6, "micro_batch": 2,
         "warmup": 4, "periods": 3, "steps": 9, "eps": 0.5, "criteria": {"magnitude": 1.0}, "compete": True, "seed": 5,
@@ -88,6 +88,7 @@ def test_the_bundled_recipe_is_one() -> None:
         ("pruning: {periods: 0}", "recipe.yaml: pruning: there is at least one period of one step, not 0 of 20"),
         ("pruning: {criteria: {luck: 1}}", "recipe.yaml: pruning: there is no saliency criterion 'luck'"),
         ("pruning: {criteria: {}}", "recipe.yaml: pruning: "),
+        ("knowledge: {allocate: true}\npruning: {compete: true}", "recipe.yaml: layers share by what was measured"),
         ("knowledge: {freeze: 2}", "recipe.yaml: knowledge: the share of groups to freeze is between 0 and 1, not 2.0"),
         (
             "knowledge: {ratios: [1.5]}",
