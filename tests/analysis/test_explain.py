@@ -335,3 +335,25 @@ def test_a_block_is_what_lies_between_two_values_of_its_stream() -> None:
              -> %.1  aten.add  explained.py: return x + self.down(F.gelu(self.up(self.norm(x))))
         """,
     )
+
+
+def test_an_expert_is_tied_to_its_router_by_the_numbers_that_topk_chooses() -> None:
+    expect(
+        explain(explained.Experts(), "e", torch.zeros(2, 10)),
+        """
+        e: 5 expert units in 3 slices, prunable
+
+        tied to @up, dim 0 [e:5]:
+
+        1. @down, dim 0 [e:5]
+             @up, dim 0
+             = %topk[1], its entries  aten.index (%index)    explained.py: up, down = self.up[chosen], self.down[chosen]
+             = @down, dim 0           aten.index (%index_1)
+
+        2. @router.weight, dim 0 [e:5]
+             %topk[1], its entries
+             = %softmax, dim 1        aten.topk     explained.py: weights, chosen = torch.softmax(self.router(x), dim=-1).topk(2, dim=-…
+             = %router, dim 1         aten.softmax
+             = @router.weight, dim 0  aten.linear
+        """,
+    )

@@ -16,7 +16,7 @@ from typing import Any
 import networkx as nx
 from torch import fx
 
-from shear_ir.axes import Hold, atoms
+from shear_ir.axes import Dim, Hold, atoms
 from shear_ir.errors import ShearError
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.printer import op_text, value_names
@@ -25,7 +25,7 @@ from shear_passes.analysis.block_groups import BlockGroup
 from shear_passes.analysis.dump import short_reason
 from shear_passes.analysis.explanation import At, Chain, Explanation, Proof, Step
 from shear_passes.analysis.find_groups import FindGroups, Group, Groups
-from shear_passes.analysis.ties import Place, Tie, Ties
+from shear_passes.analysis.ties import NUMBERS, Place, Tie, Ties
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,19 @@ class _Writer:
         return Step(node.name, operator, value, module_path(node), source_line(node), to, spoils)
 
     def _zero(self, place: Place) -> bool:
-        dims = self.groups.axes.of_node[place.node][place.result]
-        return list(atoms(dims[place.dim]))[place.leaf] in self.groups.zeros.of_node.get(place.node, ())
+        return list(atoms(self._dim(place)))[place.leaf] in self.groups.zeros.of_node.get(place.node, ())
+
+    def _dim(self, place: Place) -> Dim:
+        axes = self.groups.axes
+        numbers = axes.numbers.get((place.node, place.result))
+        return numbers if place.dim == NUMBERS and numbers else axes.of_node[place.node][place.result][place.dim]
 
     def _at(self, place: Place) -> At:
-        results = self.groups.axes.of_node[place.node]
-        dim = results[place.result][place.dim]
+        dim = self._dim(place)
         leaves = list(atoms(dim))
         mine = [number for number, atom in enumerate(leaves) if atom is leaves[place.leaf]]
         which = f"{_ordinal(mine.index(place.leaf) + 1)} {self.groups.label(leaves[place.leaf])}"
-        number = f"[{place.result}]" if len(results) > 1 else ""
+        number = f"[{place.result}]" if len(self.groups.axes.of_node[place.node]) > 1 else ""
         return At(self.names[place.node] + number, place.dim, self.groups.show(dim), which if len(mine) > 1 else "")
 
 

@@ -12,8 +12,8 @@ from shear_passes.analysis.roles import Kind
 class At:
     """A dim of a value as people read it: ``value`` under its printed name, ``axes`` with the names of groups.
 
-    ``dim`` is None for a value as a whole. ``part``: which of the axis's occurrences in the dim is meant, as ``2nd r``;
-    empty where there is one.
+    ``dim`` is None for a value as a whole, -1 for its entries where those number the indices of the axis.
+    ``part``: which of the axis's occurrences in the dim is meant, as ``2nd r``; empty where there is one.
     """
 
     value: str
@@ -22,7 +22,7 @@ class At:
     part: str = ""
 
     def __str__(self) -> str:
-        dim = "" if self.dim is None else f", dim {self.dim}"
+        dim = "" if self.dim is None else ", its entries" if self.dim < 0 else f", dim {self.dim}"
         return self.value + dim + (f", {self.part}" if self.part else "")
 
 

@@ -20,11 +20,16 @@ from shear_ir.axes import Axis, Dim, Product, atoms, concat, product, resolve, u
 from shear_passes.analysis.infer_axes import Axes, Inference
 
 Slot = tuple[str, int, int]
+NUMBERS = -1
+"""In place of a dim: the entries themselves, where they number the indices of one, as those of topk do."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One occurrence of an axis: dim ``dim`` of result ``result`` of a node, and which of that dim's leaves it is."""
+    """One occurrence of an axis: dim ``dim`` of result ``result`` of a node, and which of that dim's leaves it is.
+
+    ``dim`` is ``NUMBERS`` where the entries of the result number the indices of a dim.
+    """
 
     node: str
     result: int
@@ -99,22 +104,28 @@ class Ties:
     def _alone(self, node: fx.Node) -> Local:
         leaves: dict[Place, Axis] = {}
         alone = self._inference
-        alone.of_node, alone.contractions = {}, []
+        alone.of_node, alone.numbers, alone.contractions, alone.rankings = {}, {}, [], []
         for operand in dict.fromkeys(node.all_input_nodes):
             self._feed(operand, leaves)
         alone.call(node)
-        over = {a for made in alone.contractions for dim in made.over for a in atoms(dim)}
+        dims = (*(dim for made in alone.contractions for dim in made.over), *(made.over for made in alone.rankings))
+        over = {a for dim in dims for a in atoms(dim)}
         # A result may be split more finely elsewhere than this call can know.
         for (_, result, place), dim in self._distinct(node, leaves).items():
-            unify(alone.of_node[node.name][result][place], dim)
+            values = alone.numbers[node.name, result] if place == NUMBERS else alone.of_node[node.name][result][place]
+            unify(values, dim)
         return _local(node, leaves, over)
 
     def _feed(self, operand: fx.Node, leaves: dict[Place, Axis]) -> None:
         """Let the call read dims whose leaves are all distinct."""
-        dims = iter(self._distinct(operand, leaves).values())
+        distinct = self._distinct(operand, leaves)
+        dims = (dim for (_, _, place), dim in distinct.items() if place != NUMBERS)
         results = self.axes.of_node.get(operand.name)
         if results is not None:
             self._inference.of_node[operand.name] = [tuple(islice(dims, len(one))) for one in results]
+        for (_, _, place), dim in distinct.items():
+            if place == NUMBERS:
+                self._inference.numbers[operand.name, 0] = dim
 
     def _distinct(self, node: fx.Node, leaves: dict[Place, Axis]) -> dict[Slot, Dim]:
         """The dims of a node with every leaf an atom of its own."""
@@ -123,11 +134,14 @@ class Ties:
     def _dims(self, node: fx.Node) -> dict[Slot, Dim]:
         """The dims of the results of a node by what they are dims of."""
         home, first = self._home.get(node.name, (node.name, 0))
-        return {
-            (home, first + result, place): resolve(dim)
-            for result, dims in enumerate(self.axes.of_node.get(node.name, []))
-            for place, dim in enumerate(dims)
+        results = self.axes.of_node.get(node.name, [])
+        found = {
+            (home, first + at, place): resolve(dim) for at, dims in enumerate(results) for place, dim in enumerate(dims)
         }
+        for at in range(len(results)):
+            if (node.name, at) in self.axes.numbers:
+                found[home, first + at, NUMBERS] = resolve(self.axes.numbers[node.name, at])
+        return found
 
 
 def _homes(nodes: Iterable[fx.Node]) -> Iterator[tuple[str, tuple[str, int]]]:
