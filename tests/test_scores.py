@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_passes.importance import DEFAULT_WITH_DATA, Taylor
-from tests.passes.test_criteria import batches, traced
+from tests.calibrated import batches, traced
 from tests.zoo import build
 
 

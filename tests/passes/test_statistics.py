@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_passes.analysis.consumers import FindConsumers
 from shear_passes.importance.calibration import Calibration, Data
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
-from tests.zoo import build
+from tests.calibrated import traced
 
 
 def batches(count: int = 3, length: int = 9) -> list[dict[str, Tensor]]:
@@ -23,8 +22,10 @@ def batches(count: int = 3, length: int = 9) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(3, 60, (2 + n, length + n), generator=draw)} for n in range(count)]
 
 
-def read(model: nn.Module, data: Any, **options: Any) -> CalibrationStatistics:
-    manager = sir.analyses(sir.trace(model))
+def read(model: nn.Module | str, data: Any, **options: Any) -> CalibrationStatistics:
+    """Statistics of a model, or of a family that is traced once for all tests."""
+    model, program = traced(model)[:2] if isinstance(model, str) else (model, sir.trace(model))
+    manager = sir.analyses(program).fork(None, without=(ReadStatistics, Data))
     manager.put(Data(), Calibration(model, data))
     return manager.get(ReadStatistics(**options))
 
@@ -68,16 +69,16 @@ PLACES = [
 
 @pytest.mark.parametrize(("family", "path", "feature"), PLACES)
 def test_the_moments_are_those_of_everything_that_was_read(family: str, path: str, feature: int) -> None:
-    model = build(family)
+    model = traced(family)[0]
     data: Any = [torch.randn(n, 3, 12, 12) for n in (2, 3)] if feature == 1 else batches()
     weight = next(n for n, p in model.named_parameters() if p is model.get_submodule(path).weight)
-    agree(read(model, data, gram=True)[weight, 0 if family == "gpt2" else 1], inputs_of(model, path, data, feature))
+    agree(read(family, data, gram=True)[weight, 0 if family == "gpt2" else 1], inputs_of(model, path, data, feature))
 
 
 def test_stacked_experts_are_watched_by_the_products_they_take_part_in() -> None:
-    model = build("mixtral")
+    model = traced("mixtral")[0]
     data = batches()
-    found = read(model, data)["model.layers.0.mlp.experts.down_proj", 2]
+    found = read("mixtral", data)["model.layers.0.mlp.experts.down_proj", 2]
     seen = inputs_of(model, "model.layers.0.mlp.experts", data)
     # Each token goes to three experts.
     assert found.count == 3 * sum(x[..., 0].numel() for x in seen)
@@ -85,20 +86,21 @@ def test_stacked_experts_are_watched_by_the_products_they_take_part_in() -> None
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
 def test_experts_are_read_alike_however_they_are_run(implementation: str) -> None:
-    model: Any = build("olmoe")
+    model: Any = traced("olmoe")[0]
     key = ("model.layers.0.mlp.experts.down_proj", 2)
-    one = read(model, batches())[key]
-    program = sir.trace(model)
+    one = read("olmoe", batches())[key]
+    before = model.config._experts_implementation
     model.set_experts_implementation(implementation)
-    manager = sir.analyses(program)
-    manager.put(Data(), Calibration(model, batches()))
-    other = manager.get(ReadStatistics())[key]
+    try:
+        other = read("olmoe", batches())[key]
+    finally:
+        model.set_experts_implementation(before)
     assert one.count == other.count
     torch.testing.assert_close(one.squares, other.squares, rtol=1e-4, atol=1e-8)
 
 
 def test_padding_is_left_out() -> None:
-    model = build("llama_gqa")
+    model = "llama_gqa"
     ids = batches(1)[0]["input_ids"]
     padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.int64)], dim=1)
     mask = torch.ones_like(padded)
@@ -120,20 +122,12 @@ def test_a_large_mean_does_not_eat_a_small_variance() -> None:
 
 
 def test_what_reads_the_same_values_shares_its_statistics() -> None:
-    found = read(build("llama_gqa"), batches(1))
+    found = read("llama_gqa", batches(1))
     q, k, gate = (
         found[f"model.layers.0.{name}.weight", 1] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
     )
     assert q is k
     assert q is not gate
-
-
-def test_every_unit_of_an_mlp_and_every_head_has_a_consumer() -> None:
-    for family in ("llama_gqa", "gpt2", "bert", "vit", "t5", "mixtral", "mixtral_batched", "resnet"):
-        program = sir.trace(build(family))
-        consumers = sir.analyses(program).get(FindConsumers())
-        kinds = ("ffn", "kv_head", "conv_channel")
-        assert [g.name for g in sir.groups(program) if g.prunable and g.kind in kinds and not consumers.of(g)] == []
 
 
 def test_a_layer_that_is_used_twice_is_read_twice() -> None:
@@ -158,7 +152,6 @@ def live() -> int:
 
 
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:
-    model = build("llama_gqa")
     held: dict[int, int] = {}
 
     def stream(count: int) -> Iterator[dict[str, Tensor]]:
@@ -167,24 +160,25 @@ def test_memory_does_not_grow_with_the_number_of_samples() -> None:
                 held[n] = live()
             yield {"input_ids": torch.randint(3, 60, (2, 11))}
 
-    read(model, stream(30), gram=True)
+    read("llama_gqa", stream(30), gram=True)
     assert held[29] == held[2]
 
 
 def test_an_iterator_that_was_read_is_said_to_be_empty() -> None:
     with pytest.raises(PlanError, match="has no batch; an iterator can be read only once"):
-        read(build("mlp"), iter([]))
+        read("mlp", iter([]))
 
 
 def test_without_data_a_statistic_says_what_it_wants() -> None:
     with pytest.raises(PlanError, match="looks at data: pass data=batches"):
-        sir.analyses(sir.trace(build("mlp"))).get(ReadStatistics())
+        sir.analyses(traced("mlp")[1]).get(ReadStatistics())
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = build("llama_gqa").train()
+    model = traced("llama_gqa")[0].train()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    read(model, batches(1))
+    read("llama_gqa", batches(1))
     assert model.training
+    model.eval()
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p, before[n]) and p.grad is None and p.requires_grad for n, p in model.named_parameters())
