@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,15 @@ from shear_backends import store
 from shear_backends.adapted import kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.adapters import require_lora
 from shear_backends.config_inference import accepted_counts, infer_config
+from shear_backends.depth import shear_layers, without_layers
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.masked_blocks import block_cuts
 from shear_backends.module import require_exact, shear_module
 from shear_backends.project import Projected, project_adapter
 from shear_backends.store import Saved
 from shear_backends.verify import Report
 from shear_backends.verify import verify as _verify
-from shear_ir.errors import PlanError
+from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.adapter_files import adapter_tensors, base_of
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
@@ -30,6 +33,7 @@ from shear_ir.frontend.load import load_model
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
+from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.explain import Explain
@@ -38,12 +42,13 @@ from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance import Magnitude, Scores
 from shear_passes.importance.calibration import Loss, Progress
 from shear_passes.importance.scoring import Wanted, chosen, prepared
+from shear_passes.rewrite.drop_blocks import left_of
 from shear_passes.rewrite.raise_lora import raise_lora
-from shear_passes.rewrite.shear import cut_tensors, shear_program
-from shear_passes.select import SelectByRatio, selection
-from shear_passes.select.build import masks_of
+from shear_passes.rewrite.shear import cut_tensors, shear_program, shear_tensors
+from shear_passes.select import SelectBlocks, SelectByRatio, Selection, selection
+from shear_passes.select.build import masks_of, removed_by
 from shear_passes.select.by_ratio import Budget
-from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS
+from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
 
 _models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -90,8 +95,10 @@ def dependency_graph(program: Program) -> nx.MultiDiGraph[str]:
 def plan(
     program: Program,
     *,
-    ratio: float,
+    ratio: float | None = None,
+    blocks: Sequence[str] = (),
     importance: Wanted | None = None,
+    block_importance: Wanted | None = None,
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
     progress: Progress | None = None,
@@ -110,6 +117,10 @@ def plan(
 ) -> Plan:
     """What goes when ``ratio`` of the model's parameters, or other ``budget``, shall go.
 
+    ``kinds``: with ``block`` among them whole layers go; beside other kinds, depth and width shrink by equal factors.
+    ``blocks``: globs on the paths of the blocks that go, whatever their scores; with a ratio, the other kinds make up
+    for the rest. ``block_importance``: which blocks matter; ``importance`` where only blocks go, and else block
+    influence with data, and without any the order: the deepest first, but for the last.
     ``importance``: which units matter: a name, an object with options such as ``Taylor(order=2)``, or a function of
     your own; see ``shear_passes.importance``. ``data``: batches of model inputs, mappings or tensors, for criteria
     that look at data; ``loss``: of outputs and batch, where the model gives none. ``progress``: called with batches
@@ -122,6 +133,32 @@ def plan(
     ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
     Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
+    if blocks or any(kind in BLOCK_KINDS for kind in kinds):
+        data = None if data is None else list(data)  # depth and width each read it
+        wide = [kind for kind in kinds if kind not in BLOCK_KINDS and ratio is not None]
+        wanted = block_importance or (None if wide else importance) or ("order" if data is None else "block-influence")
+        criterion = chosen(wanted, program, data, seed)
+        deep = SelectBlocks(
+            ratio=_share(ratio, wide), blocks=tuple(blocks), importance=criterion, seed=seed,
+            kinds=tuple(kind for kind in kinds if kind in BLOCK_KINDS), only=tuple(only), skip=tuple(skip),
+            frozen=tuple(frozen),
+        )  # fmt: skip
+        manager = prepared(
+            analyses(program), [] if blocks else [criterion], weights=weights or analyses(program).weights,
+            model=_model_of(program), data=data, loss=loss, progress=progress, without=(Selection,),
+        )  # fmt: skip
+        widths = partial(
+            plan, importance=importance, data=data, loss=loss, progress=progress, allocation=allocation, budget=budget,
+            round_to=round_to, floor=floor, seed=seed, stock=stock, knowledge=knowledge,
+        )  # fmt: skip
+        found = manager.get(deep)
+        gone = 1.0 - getattr(found.after, budget) / max(1, getattr(found.before, budget))
+        if ratio is None or not wide or gone >= ratio:
+            return found
+        held = _held(groups(program), found, only, skip, wide, frozen)
+        return _then_widths(program, found, partial(widths, ratio=(ratio - gone) / (1 - gone), kinds=wide, frozen=held))
+    if ratio is None:
+        raise PlanError("say how much goes: ratio, a share of the parameters, or blocks, the layers that go")
     criterion = chosen(importance, program, data, seed)
     asked = selection(
         allocation, knowledge, ratio=ratio, importance=criterion, round_to=_steps(round_to), only=tuple(only),
@@ -142,6 +179,45 @@ def plan(
     gaps = {other: gap for other in tried if (gap := _imbalance(fork, other)) < math.inf}
     best = min(gaps, key=gaps.__getitem__, default=None)
     return found if best is None else fork.get(best)
+
+
+def _share(ratio: float | None, wide: Sequence[str]) -> float:
+    """The part of ``ratio`` that blocks take: all of it, or as much as the widths of what they leave."""
+    if ratio is None or not 0.0 < ratio < 1.0:
+        return 0.5 if ratio is None else ratio
+    return 1.0 - math.sqrt(1.0 - ratio) if wide else ratio
+
+
+def _held(
+    found: Groups, depth: Plan, only: Sequence[str], skip: Sequence[str], kinds: Sequence[str], frozen: Sequence[str]
+) -> list[str]:
+    """Groups of these kinds that patterns and names leave whole, by the names they have without the blocks."""
+    able = {g.name for g in choose(found, only, skip, kinds, frozen)}
+    small = found.names_without(removed_by(found, depth))
+    return [name for name, own in small.items() if found.by_name[own].kind in kinds and own not in able]
+
+
+def _then_widths(program: Program, depth: Plan, widths: Callable[..., Plan]) -> Plan:
+    """``depth`` joined with a plan for the program it leaves."""
+    found, model = groups(program), _model_of(program)
+    rest = shear_program(found, depth)
+    # Held until the end: programs do not keep their models alive.
+    left = _without_layers(model, found, depth)
+    if left is not None:
+        _models[rest] = weakref.ref(left)
+        return depth.then(widths(rest))
+    weights = analyses(program).weights
+    return depth.then(widths(rest, weights=None if weights is None else shear_tensors(weights, found, depth)))
+
+
+def _without_layers(model: nn.Module | None, found: Groups, depth: Plan) -> nn.Module | None:
+    """The modules that a plan of whole layers leaves; None where modules cannot say it."""
+    if model is None or has_adapters(model) or not all(unit.whole for unit in found.units(depth.cuts)):
+        return None
+    try:
+        return without_layers(model, depth)[0]
+    except ShearingError:
+        return None
 
 
 def scores(
@@ -190,9 +266,10 @@ def shear(
         adapted = _shear_adapted(model, plan, inputs)
         return merged(adapted) if merge else adapted
     if backend == "module":
-        return shear_module(model, groups(_program(model, inputs)), plan, inputs)
-    small = shear_program(groups(_program(model, inputs, dynamic=True)), plan)
-    return graph_module(small, _copies(model, plan))
+        by_modules = shear_layers if block_cuts(plan.cuts) else shear_module
+        return by_modules(model, groups(_program(model, inputs)), plan, inputs)
+    found = groups(_program(model, inputs, dynamic=True))
+    return graph_module(shear_program(found, plan), _copies(model, found, plan))
 
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
@@ -251,6 +328,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
     require_exact(model)
     require_lora(model)
+    if block_cuts(plan.cuts):
+        raise PlanError(
+            "whole blocks of a model with adapters stay in its modules: use the graph backend, or merge first"
+        )
     base = plain_base(model)
     found = groups(trace(base, inputs))
     if plan.digest == found.program.digest:
@@ -295,12 +376,13 @@ def _imbalance(manager: AnalysisManager, asked: SelectByRatio) -> float:
     return max(lost.values()) - min(lost.values())
 
 
-def _copies(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of ``model``, cut and copied; parameters ask for gradients as the model's do."""
+def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of ``model``, cut, copied and renamed; parameters ask for gradients as the model's do."""
     tensors = tensors_of(model)
     cut = {name: tensor.detach().clone() for name, tensor in cut_tensors(tensors, plan.kept).items()}
     wants = {name: t.requires_grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
-    return {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
+    made = {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
+    return left_of(made, removed_by(found, plan))
 
 
 def _model_of(program: Program) -> nn.Module | None:

@@ -91,6 +91,8 @@ class Plan:
 
     def then(self, later: Plan) -> Plan:
         """One plan for this cut followed by ``later``, which was made for the model this one leaves."""
+        moved = {small: self.names.get(between, between) for small, between in later.names.items()}
+        moved = {**{small: mine for small, mine in self.names.items() if mine not in moved.values()}, **moved}
         later = self._in_my_names(later)
         cuts = {c.group: c for c in self.cuts}
         for cut in later.cuts:
@@ -108,16 +110,16 @@ class Plan:
             frozen={**self.frozen, **later.frozen},
             options={"first": dict(self.options), "then": dict(later.options)},
             gone=tuple(sorted({*self.gone, *later.gone}, key=natural)),
-            names={small: self.names.get(mine, mine) for small, mine in {**self.names, **later.names}.items()},
+            names=moved,
             routers={**self.routers, **later.routers},
         )
 
     def _in_my_names(self, later: Plan) -> Plan:
         """``later`` with the names that groups, tensors and modules have here."""
-        if not self.gone:
+        if not self.gone and not self.names:
             return later
         for cut in later.cuts:
-            if cut.kind in ("attention_block", "mlp_block"):
+            if self.gone and cut.kind in ("attention_block", "mlp_block"):
                 raise PlanError(
                     f"{cut.group} counts blocks of layers that are gone: cut them in one plan with the layers"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from shear_backends.attributes import Overrides, apply_attributes
 from shear_backends.config_inference import infer_config
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.layers import drop_layers, moved, stays
 from shear_backends.verify import TOLERANCE, difference, evaluation, run
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
@@ -27,7 +28,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
-from shear_passes.rewrite.shear import cut_tensor, shear_program
+from shear_passes.rewrite.shear import cut_tensor, shear_program, shear_tensors
 from shear_passes.select.build import checked_masks
 
 RECORD = "shear_record"
@@ -75,7 +76,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     require_exact(model)
     masks = checked_masks(groups, plan)
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
-    judge = _Judge(model, groups, plan, feed)
+    judge = Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
     cuts = cut_by_id(model, plan.kept, norms)
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
@@ -127,9 +128,11 @@ def with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tenso
     return {key: copy.deepcopy(cut) if cut is own[key] else cut for key, cut in cuts.items()}
 
 
-def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe) -> nn.Module:
-    """A copy of ``model`` over the tensors of ``cuts``, with config, attributes, norms and hooks set."""
+def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Sequence[str] = ()) -> nn.Module:
+    """A copy of ``model`` over the tensors of ``cuts``, without the layers ``gone``, with what ``recipe`` sets."""
     small = copy.deepcopy(model, dict(cuts))
+    if gone:
+        drop_layers(small, gone, model)
     if recipe.config is not None:
         _adopt(small.config, copy.deepcopy(recipe.config))
     apply_attributes(small, recipe.attributes)
@@ -191,6 +194,7 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
     # Not getattr: a PEFT model answers with what its base has.
     first: Record | None = vars(model).get(RECORD)
     if first is not None:
+        first = _behind(first, plan.gone)
         merged = {path: dict(values) for path, values in first.attributes.items()}
         for path, values in record.attributes.items():
             merged.setdefault(path, {}).update(values)
@@ -207,6 +211,20 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
     return small
 
 
+def _behind(record: Record, gone: Sequence[str]) -> Record:
+    """``record`` with the paths that modules have when the layers ``gone`` have left."""
+    return replace(
+        record,
+        attributes={moved(path, gone): values for path, values in record.attributes.items() if stays(path, gone)},
+        norms=tuple(
+            replace(n, module=moved(n.module, gone), parameter=moved(n.parameter, gone))
+            for n in record.norms
+            if stays(n.module, gone)
+        ),
+        gathers=tuple(replace(g, module=moved(g.module, gone)) for g in record.gathers if stays(g.module, gone)),
+    )
+
+
 def require_exact(model: nn.Module) -> None:
     """Raise ``PlanError`` for a quantised model, whose packed weights have no rows and columns to cut."""
     packed = quantised_module(model)
@@ -214,7 +232,7 @@ def require_exact(model: nn.Module) -> None:
         raise PlanError(f"the model holds quantised parameters ({packed}): shear the unquantised model")
 
 
-class _Judge:
+class Judge:
     """Compares candidates with the graph backend, which got its answer by another road."""
 
     def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
@@ -226,8 +244,8 @@ class _Judge:
         self.why = ""  # what speaks against the first candidate, the likeliest
         if not self.meta:
             named = tensors_of(model)
-            owned = {p.name for p in self.program.params.values() if p.kind != "constant"}
-            cut = {name: cut_tensor(named[name], plan.kept.get(name, {})) for name in owned}
+            owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
+            cut = shear_tensors({name: named[name] for name in owned}, groups, plan)
             with torch.no_grad():
                 self.expected = tuple(graph_module(self.program, cut)(**feed))
             self.scale = max([1.0, *(float(t.abs().max()) for t in self.expected if t.numel())])

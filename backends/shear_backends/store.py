@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from shear_ir.frontend.base import has_adapters, plain_base
 from shear_ir.frontend.files import ADAPTER_CONFIG
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.load import load_model, quiet
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan, original, write_text
 
 PLAN_FILE = "plan.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -205,7 +205,7 @@ def _loading(model: nn.Module) -> dict[str, Any]:
 def _check(folder: Path, dense: nn.Module, record: Record) -> None:
     """Refuse a record that would set anything but the sizes that modules and their configs already have."""
     for path, values in record.attributes.items():
-        module = _submodule(folder, dense, path)
+        module = _submodule(folder, dense, path, record.plan.gone)
         for name, value in values.items():
             owner, _, leaf = name.rpartition(".")
             holder = getattr(module, owner, None) if owner else module
@@ -216,18 +216,18 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
             if any(not 0 < size <= 2**24 for size in sizes):
                 raise LoadError(f"{folder / RECORD_FILE} sets {path}.{name} to {value}, which is no size")
     for gather in record.gathers:
-        _submodule(folder, dense, gather.module)
+        _submodule(folder, dense, gather.module, record.plan.gone)
         if gather.period < 1 or not gather.kept or not all(0 <= i < gather.period for i in gather.kept):
             raise LoadError(f"{folder / RECORD_FILE} gathers entries of {gather.module} that cannot be there")
     for norm in record.norms:
-        _submodule(folder, dense, norm.module)
+        _submodule(folder, dense, norm.module, record.plan.gone)
         if not 1.0 <= norm.factor <= 2**24:
             raise LoadError(f"{folder / RECORD_FILE} scales {norm.module} by {norm.factor}, which no cut does")
 
 
-def _submodule(folder: Path, dense: nn.Module, path: str) -> nn.Module:
+def _submodule(folder: Path, dense: nn.Module, path: str, gone: Sequence[str]) -> nn.Module:
     try:
-        return dense.get_submodule(path)
+        return dense.get_submodule(original(path, gone))
     except AttributeError as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: it has no {path}") from failure
 
@@ -236,7 +236,7 @@ def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
     _check(folder, dense, record)
     try:
         recipe = Recipe(None, record.attributes, record.norms, record.gathers)
-        small = build(dense, cut_by_id(dense, record.plan.kept), recipe)
+        small = build(dense, cut_by_id(dense, record.plan.kept), recipe, record.plan.gone)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
     tensors = _tensors(folder)

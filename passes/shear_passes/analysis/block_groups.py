@@ -111,7 +111,7 @@ class _Layers:
         for node in program.nodes:
             for path in _numbered(node):
                 self.inside.setdefault(path, []).append(node)
-        within = {n for block in blocks for n in block.region if n is not block.exit}
+        within = {n for block in blocks if not block.reason for n in block.region if n is not block.exit}
         self.blocks = [block for block in blocks if block.exit not in within]
         self.of_module: dict[str, list[Block]] = {}
         for block in blocks:
@@ -159,7 +159,7 @@ class _Layers:
     def _tops(self, path: str) -> list[Block]:
         """The blocks of a module that are in no other block of it."""
         mine = self.of_module.get(path, [])
-        within = {n for block in mine for n in block.region if n is not block.exit}
+        within = {n for block in mine if not block.reason for n in block.region if n is not block.exit}
         return [block for block in mine if block.exit not in within]
 
     def _chain(self, path: str) -> list[Block]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shear_ir.errors import PlanError
+from shear_passes.select.blocks import SelectBlocks
 from shear_passes.select.build import Selection, build_plan
 from shear_passes.select.by_knowledge import SelectByKnowledge
 from shear_passes.select.by_ratio import SelectByRatio
@@ -13,8 +14,8 @@ from shear_passes.select.competing import SelectGlobal, SelectIsomorphic
 from shear_passes.select.uniform import SelectUniform
 
 __all__ = [
-    "ALLOCATIONS", "SelectByKnowledge", "SelectByRatio", "SelectGlobal", "SelectIsomorphic", "SelectUniform",
-    "Selection", "build_plan", "selection",
+    "ALLOCATIONS", "SelectBlocks", "SelectByKnowledge", "SelectByRatio", "SelectGlobal", "SelectIsomorphic",
+    "SelectUniform", "Selection", "build_plan", "selection",
 ]  # fmt: skip
 
 ALLOCATIONS: Mapping[str, type[SelectByRatio]] = {
