@@ -13,7 +13,7 @@ from shear_passes.rules.registry import Results, Site, rule
 
 aten = torch.ops.aten
 
-_GATES = {aten.lstm.input: 4, aten.gru.input: 3, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
+_GATES: dict[Any, int] = {aten.lstm.input: 4, aten.gru.input: 3, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
 
 
 @rule(*_GATES)
