@@ -24,6 +24,7 @@ _HOMES = {
     "shear": "shear_ir.pipeline",
     "repair": "shear_ir.repairing",
     "rotate": "shear_ir.repairing",
+    "with_biases": "shear_ir.repairing",
     "verify": "shear_ir.pipeline",
     "save": "shear_ir.pipeline",
     "load": "shear_ir.pipeline",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from shear_backends.biases import with_biases as give_biases
 from shear_backends.graph import tensors_of
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
@@ -25,6 +26,7 @@ from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.repair import FlapBias, LeastSquares, Repair
 from shear_passes.repair.rotate_heads import rotated_heads
 from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, with_plain_norms
+from shear_passes.select.choose import DEFAULT_KINDS
 
 Rotation = Literal["residual", "heads"]
 REPAIRS: Mapping[str, type[Repair]] = {cls.name(): cls for cls in (LeastSquares, FlapBias)}
@@ -58,6 +60,20 @@ def repair(
     return _with(model, changed)
 
 
+def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:
+    """A copy of ``model`` in which all that reads a prunable group has a bias, zero where it is new.
+
+    The same function in another architecture, which its config class has to have a switch for (Llama: attention_bias,
+    mlp_bias). Make the plan for that copy. Raises ``PlanError`` where there is no such switch.
+    """
+    if has_adapters(model):
+        raise PlanError("biases are given to a base alone: merge the adapters first")
+    found = groups(trace(model, inputs))
+    consumers = analyses(found.program).get(FindConsumers())
+    reading = {c.parameter for g in found.prunable if g.kind in DEFAULT_KINDS for c in consumers.of(g)}
+    return _checked(model, give_biases(model, reading), inputs)
+
+
 def rotate(
     model: nn.Module, what: Rotation, *, data: Iterable[Any] | None = None, inputs: Any = None,
     progress: Progress | None = None,
@@ -70,9 +86,7 @@ def rotate(
     classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
     """
     if has_adapters(model):
-        raise PlanError(
-            "a rotation changes base weights, which adapters were trained on: merge them first"
-        )
+        raise PlanError("a rotation changes base weights, which adapters were trained on: merge them first")
     if what == "heads":
         found = groups(trace(model, inputs))
         consumers = analyses(found.program).get(FindConsumers())

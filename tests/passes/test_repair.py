@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,22 @@ def test_a_bias_that_is_not_there_is_asked_for() -> None:
         sir.repair(model, half(model, "ffn0"), FlapBias(), data=batches(1))
     with pytest.raises(PlanError, match="ridge of least squares is a positive number, not 0"):
         sir.repair(model, half(model, "ffn0"), LeastSquares(ridge=0.0), data=batches(1))
+
+
+def test_biases_are_given_by_the_config_and_take_what_is_lost(tmp_path: Path) -> None:
+    """Llama has none of its own; with a switch of its config, stock transformers load the result."""
+    model, data = build("llama_gqa"), batches(6, 20)
+    other = sir.with_biases(model)
+    assert (other.config.attention_bias, other.config.mlp_bias) == (True, True)
+    plan = half(other, "ffn0", "ffn1")
+    repaired = sir.repair(other, plan, "flap-bias", data=data)
+    small = sir.shear(repaired, plan)
+    sir.verify(repaired, small, plan).raise_if_unsound()
+    assert sir.save(small, tmp_path / "small").stock
+    path = "model.layers.0.mlp.down_proj"
+    assert lost(model, small, path, data) < lost(model, sir.shear(model, half(model, "ffn0", "ffn1")), path, data)
+    with pytest.raises(PlanError, match=r"the config of Qwen3ForCausalLM has no switch that gives .*down_proj a bias"):
+        sir.with_biases(build("qwen3"))
 
 
 def test_as_a_pass_between_a_selection_and_shear_it_is_the_same_repair() -> None:
