@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shear_ir.cli import main
 from shear_ir.plans import Plan
 from shear_ir.workflow.recipe import Recipe
 from tests.training.test_two_processes import free_port
@@ -30,17 +30,28 @@ def anywhere(recipe: Recipe) -> Recipe:
     return replace(recipe, pruning=replace(recipe.pruning, device=None), recovery=replace(recipe.recovery, device=None))
 
 
-def lorashear(place: Path, data: Path, out: str, python: Sequence[str]) -> tuple[Path, str]:
-    """The folder that the command wrote, and its standard output."""
-    command = [
-        sys.executable, *python, "shear_ir", "lorashear", str(place / "model"), "--ratio", str(RATIO), "--data", str(data),
+def arguments(place: Path, data: Path, out: str) -> list[str]:
+    return [
+        "lorashear", str(place / "model"), "--ratio", str(RATIO), "--data", str(data),
         "--recipe", str(place / "recipe.yaml"), "-o", str(place / out), "--json",
     ]  # fmt: skip
+
+
+def by_one(given: list[str]) -> None:
+    """Run the command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert ended.value.code == 0
+
+
+def by_two(given: list[str]) -> str:
+    """Run the command in two processes; their standard output."""
+    command = [sys.executable, *LAUNCH[:-1], f"--main_process_port={free_port()}", LAUNCH[-1], "shear_ir", *given]
     path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    return place / out, done.stdout
+    return done.stdout
 
 
 def cuts(folder: Path) -> Any:
@@ -51,8 +62,9 @@ def cuts(folder: Path) -> Any:
 def test_two_processes_end_with_the_zero_set_of_one(tmp_path: Path, data: Path) -> None:
     write_model(tmp_path / "model")
     write_recipe(tmp_path / "recipe.yaml", anywhere(RECIPE))
-    one, _ = lorashear(tmp_path, data, "one", ["-m"])
-    two, said = lorashear(tmp_path, data, "two", [*LAUNCH[:-1], f"--main_process_port={free_port()}", LAUNCH[-1]])
+    one, two = tmp_path / "one", tmp_path / "two"
+    by_one(arguments(tmp_path, data, "one"))
+    said = by_two(arguments(tmp_path, data, "two"))
     assert cuts(two) == cuts(one)
     assert sum(cut.size - len(cut.kept) for cut in Plan.load(two / "plan.json").cuts) > 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one", "recipe.yaml", "two"]
