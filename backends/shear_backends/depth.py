@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from shear_backends.config_inference import infer_config
 from shear_backends.graph import tensors_of
 from shear_backends.layers import drop_layers, staying
 from shear_backends.masked_blocks import block_cuts
@@ -20,6 +21,10 @@ from shear_ir.plans import Plan, renumbered
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.rewrite.rescale_norm import norm_fixes
+from shear_passes.select.build import masks_of
+
+_NONE = "no config of the class has these sizes"
 
 
 def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> nn.Module:
@@ -51,6 +56,21 @@ def without_layers(model: nn.Module, plan: Plan) -> tuple[nn.Module, bool]:
     staying(model, plan.gone)
     dropped = copy.deepcopy(model, {id(t): t for t in tensors_of(model).values()})
     return dropped, drop_layers(dropped, plan.gone, model)
+
+
+def foreseen(model: nn.Module, groups: Groups, plan: Plan) -> tuple[bool, str]:
+    """Whether a config of the class will build what ``plan`` leaves, and why not, without shearing anything."""
+    try:
+        dropped, exact = without_layers(model, plan)
+        later = _cuts_of_the_rest(plan)
+        if exact and later.cuts:
+            found = AnalysisManager(_traced(dropped, example_inputs(dropped))).get(FindGroups())
+            masks = masks_of(found, later.cuts)
+            inferred = infer_config(dropped, found, masks, later.kept, tuple(norm_fixes(found, masks)))
+            return inferred.config is not None, inferred.refused or _NONE
+    except ShearingError as failure:
+        return False, str(failure)
+    return exact, "" if exact else _NONE
 
 
 def _require_function(model: nn.Module, dropped: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:

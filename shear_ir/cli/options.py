@@ -90,6 +90,20 @@ KindsOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KIND", help="Cut groups of this kind; repeatable.", show_default="ffn, kv_head"),
 ]
+BlocksOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--blocks", metavar="GLOB", show_default=False,
+        help="Remove the layers of this path whole, as in 'model.layers.1?'; repeatable.",
+    ),
+]  # fmt: skip
+BlockImportanceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", show_default="block-influence with --data, order without",
+        help="Criterion that says which blocks matter, where kinds of blocks are cut beside others.",
+    ),
+]  # fmt: skip
 SeedOption = Annotated[int | None, typer.Option(help="Seed of a random criterion.", show_default="0")]
 StockOption = Annotated[
     bool | None,

@@ -48,6 +48,8 @@ def prune(
     only: options.OnlyOption = None,
     skip: options.SkipOption = None,
     kinds: options.KindsOption = None,
+    blocks: options.BlocksOption = None,
+    block_importance: options.BlockImportanceOption = None,
     seed: options.SeedOption = None,
     merge: Annotated[
         bool,
@@ -69,7 +71,8 @@ def prune(
     """
     choices = options.given(
         importance=importance, round_to=options.steps(round_to), allocation=allocation, knowledge=knowledge,
-        budget=budget, floor=floor, only=only, skip=skip, kinds=kinds, seed=seed, stock=stock,
+        budget=budget, floor=floor, only=only, skip=skip, kinds=kinds, blocks=blocks,
+        block_importance=block_importance, seed=seed, stock=stock,
     )  # fmt: skip
     read = None if data is None else scoring.Read(data, samples, device)
     asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read)
@@ -106,7 +109,7 @@ class _Asked:
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
-        if (self.ratio is None) == (self.file is None):
+        if (self.ratio is None and "blocks" not in self.choices) == (self.file is None):
             raise ShearError("give either --ratio or --plan, which say what goes")
         if self.file is not None and (self.choices or self.read):
             names = [*self.choices, *(["data"] if self.read else [])]
@@ -164,6 +167,8 @@ class _Asked:
     def _plan(self, loaded: LoadedModel, program: Program, step: console.Steps, trust: bool) -> Plan:
         """A new plan; without weights the first units stay."""
         choices = {**({"importance": "order"} if loaded.config_only else {}), **self.choices, "ratio": self.ratio}
+        if "blocks" in choices and self.ratio is None:
+            choices.pop("importance", None)
         if "knowledge" in choices:
             choices["knowledge"] = _curves(choices["knowledge"], program)
         return scoring.planned(loaded, program, step, self.read, trust, choices)

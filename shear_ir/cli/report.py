@@ -116,12 +116,15 @@ def _base(model: nn.Module) -> Any:
 
 def _foreseen(result: Pruned) -> tuple[bool, str]:
     from shear_backends.config_inference import infer_config
+    from shear_backends.depth import foreseen
     from shear_ir.errors import ShearingError
     from shear_passes.rewrite.rescale_norm import norm_fixes
     from shear_passes.select.build import masks_of
 
     if not _pretrained(result.model):
         return False, "not a transformers model"
+    if result.plan.gone:
+        return foreseen(result.model, result.groups, result.plan)
     masks = masks_of(result.groups, result.plan.cuts)
     try:
         norms = tuple(norm_fixes(result.groups, masks))

@@ -38,9 +38,13 @@ def planned(
 ) -> Plan:
     """The plan by the criterion that was chosen; the model is on the CPU again afterwards."""
     from shear_ir import pipeline
+    from shear_passes.analysis.block_groups import BLOCK_KINDS
     from shear_passes.importance import default
 
-    choices = {"importance": default(read), **choices}
+    # Blocks have a default of their own.
+    kinds = choices.get("kinds", ())
+    blocks = choices.get("ratio") is None or (kinds and all(kind in BLOCK_KINDS for kind in kinds))
+    choices = choices if blocks else {"importance": default(read), **choices}
     if read is None:
         return pipeline.plan(program, **choices)
     data = _batches(loaded, step, read, trust, choices.get("seed", 0))
