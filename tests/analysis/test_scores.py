@@ -124,6 +124,32 @@ def test_a_choice_that_is_not_understood_holds_the_experts(choose: Choose, reaso
     assert reason in text
 
 
+def test_memory_that_was_written_to_since_is_not_what_it_was() -> None:
+    def negated(scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores.softmax(-1)
+        seen = weights.view(TOKENS, EXPERTS)
+        weights.mul_(-1.0)
+        return seen.topk(2, dim=-1)  # type: ignore[return-value]
+
+    def closed(scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores.clone()
+        seen = weights.view(TOKENS, EXPERTS)
+        weights.masked_fill_(scores < 0.0, -INF)
+        return by_choice(seen)
+
+    assert "entries are ranked along the axis at %topk" in mixture(negated)
+    assert "how many candidates a choice leaves is not known after %view" in mixture(closed)
+
+
+def test_the_largest_entry_alone_chooses_nothing() -> None:
+    def forward(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        y = (x @ w.T).relu()
+        return (y @ v) * y.max(-1, keepdim=True)[0]
+
+    text = typed(forward, x=(TOKENS, HIDDEN), w=(EXPERTS, HIDDEN), v=(EXPERTS, OUT))
+    assert "c: an extreme is taken over the axis at %max_dim" in text
+
+
 def test_scores_that_no_plain_product_makes_hold_the_experts() -> None:
     def forward(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
         weights, chosen = softmax_first(x @ functional.normalize(router).T)

@@ -127,26 +127,35 @@ def _named(
     program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes, zeros: Zeros
 ) -> Iterator[Group]:
     names = _names([kinds[atom] for atom in slices])
+    least, multiples = _least(zeros), _multiples(axes)
     for name, (atom, owned) in zip(names, slices.items(), strict=True):
         kind = kinds[atom]
         per_unit = sum(
             _cost(program.params[p], axes.of_param[p], atom) for p in dict.fromkeys(s.parameter for s in owned)
         )
         modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
-        least = max((c.least(atom) for c in zeros.choices if atom in set(atoms(c.over))), default=1)
-        multiple = _multiple(atom, axes)
         yield Group(
-            name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules), least=least, multiple=multiple
-        )
+            name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules),
+            least=least.get(atom, 1), multiple=multiples.get(atom, 1),
+        )  # fmt: skip
 
 
-def _multiple(atom: Axis, axes: Axes) -> int:
-    """The number of units that one more or fewer of which leaves every dim aligned that is so now."""
-    found = 1
+def _least(zeros: Zeros) -> dict[Axis, int]:
+    """How many units of an axis have to stay for the choices among them."""
+    found: dict[Axis, int] = {}
+    for choice in zeros.choices:
+        for atom in set(atoms(choice.over)):
+            found[atom] = max(found.get(atom, 1), choice.least(atom))
+    return found
+
+
+def _multiples(axes: Axes) -> dict[Axis, int]:
+    """The number of units of an axis by which every dim that is aligned now may change and still be so."""
+    found: dict[Axis, int] = {}
     for dim, multiple in axes.aligned:
-        each = dim.size - evaluate(dim, lambda a: a.size - (a is atom))
-        if each and dim.size % multiple == 0:
-            found = math.lcm(found, multiple // math.gcd(multiple, each))
+        for atom in set(atoms(dim)) if dim.size % multiple == 0 else ():
+            each = dim.size - evaluate(dim, lambda a, atom=atom: a.size - (a is atom))  # type: ignore[misc]
+            found[atom] = math.lcm(found.get(atom, 1), multiple // math.gcd(multiple, each))
     return found
 
 

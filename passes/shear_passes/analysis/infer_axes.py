@@ -107,7 +107,7 @@ class Inference:
 
     def _hold_unchosen(self) -> None:
         """Comparing entries holds an axis, unless its indices are chosen by it: then removed ones may just lose."""
-        chosen = {a for r in self.rankings if r.count for a in atoms(r.over)}
+        chosen = {a for r in self.rankings if r.named for a in atoms(r.over)}
         for ranking in self.rankings:
             for atom in atoms(ranking.over):
                 if atom not in chosen:

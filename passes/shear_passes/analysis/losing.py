@@ -128,23 +128,25 @@ class Losing:
             return zero
         if ranking.need is Need.REPEATED:
             return self.repeated.get(operand.name, _NONE) & once
-        return low | (zero if self._not_negative(operand) else _NONE)
+        return low | (zero if self._not_negative(operand, ranking.node) else _NONE)
 
-    def _not_negative(self, value: Any) -> bool:
+    def _not_negative(self, value: Any, reader: fx.Node) -> bool:
         """Whether no entry of a value is below zero, so that a removed one, which is zero, is larger than none."""
         if not isinstance(value, fx.Node) or value.op != "call_function":
             return is_number(value) and bool(value >= 0)
+        if self.scores.writes.between(value, reader):
+            return False
         name, args = base_name(value), value.args
         if name in _NOT_NEGATIVE or self.axes.vanish.get(value.name) is Vanish.ALWAYS:
             return True
         if getattr(value.target, "__name__", "") == "getitem":
             source, numbers = self.scores.of_choice(value)
-            return source is not None and not numbers and self._not_negative(source)
+            return source is not None and not numbers and self._not_negative(source, value)
         if name in ("add", "mul", "div", "masked_fill"):
             others = args[2:3] if name == "masked_fill" else args[1:2]
-            return not value.kwargs and all(self._not_negative(v) for v in (args[0], *others))
+            return not value.kwargs and all(self._not_negative(v, value) for v in (args[0], *others))
         passes = name in ("sum", "mean", "sqrt") or self.axes.vanish.get(value.name) is Vanish.MOVED
-        return passes and self._not_negative(args[0])
+        return passes and self._not_negative(args[0], value)
 
 
 def _count(dims: Dims, atom: Axis) -> int:

@@ -69,10 +69,28 @@ class _Open:
         return _Open({**self.only, **other.only}, self.fewer + other.fewer)
 
 
+@dataclass
+class Writes:
+    """Which calls wrote to the memory of which values, as far as a walk has come."""
+
+    position: dict[str, int] = field(default_factory=dict)
+    home: dict[str, str] = field(default_factory=dict)
+    at: dict[str, list[int]] = field(default_factory=dict)
+
+    def note(self, call: fx.Node, written: fx.Node) -> None:
+        """``call`` writes to the memory of ``written``."""
+        self.at.setdefault(self.home[written.name], []).append(self.position[call.name])
+
+    def between(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether a value was changed between where it was made and where it is read."""
+        first, last = self.position[value.name], self.position[reader.name]
+        return any(first < at < last for at in self.at.get(self.home[value.name], ()))
+
+
 class Scores:
     """Which parameters make the scores of the chosen axes, by one walk back from every choice."""
 
-    def __init__(self, program: Program, axes: Axes) -> None:
+    def __init__(self, program: Program, axes: Axes, writes: Writes) -> None:
         self.program = program
         self.axes = axes
         self.by_node: dict[str, list[Ranking]] = {}
@@ -83,9 +101,11 @@ class Scores:
         self.choices: list[Choice] = []
         for ranking in axes.rankings:
             self.by_node.setdefault(ranking.node.name, []).append(ranking)
-        stored = {a for dims in axes.of_param.values() for d in dims for a in atoms(d)} if axes.rankings else set()
-        for ranking in axes.rankings:
-            for atom in stored.intersection(atoms(ranking.over)) if ranking.count else ():
+        self.writes = writes
+        named = [ranking for ranking in axes.rankings if ranking.named]
+        stored = {a for dims in axes.of_param.values() for d in dims for a in atoms(d)} if named else set()
+        for ranking in named:
+            for atom in stored.intersection(atoms(ranking.over)):
                 self._find_made(ranking, atom)
         for atom in list(self.routers):
             self._check_readers(atom)
@@ -120,7 +140,7 @@ class Scores:
         param = self.program.param(node)
         if param is not None:
             dims = [place for place, dim in enumerate(self.axes.dims(node)) if dim.size > 1]
-            if len(dims) == 1 and param.kind != "constant":
+            if len(dims) == 1 and param.kind != "constant" and param.type.dtype.is_floating_point:
                 self._note(node, atom, param.name, dims[0])
             return True
         if op_name(node) not in _PRODUCTS:
@@ -176,7 +196,7 @@ class Scores:
             self._count(ranking)
 
     def _count(self, ranking: Ranking) -> None:
-        left = self._open(ranking.operand, frozenset(atoms(ranking.over)))
+        left = self._open(ranking.operand, frozenset(atoms(ranking.over)), ranking.node)
         if isinstance(left, fx.Node):
             reason = f"how many candidates a choice leaves is not known after {_at(left)}"
             freeze(ranking.over, reason, at=left.name)
@@ -185,8 +205,10 @@ class Scores:
         else:
             self.choices.append(Choice(ranking.node.name, ranking.over, ranking.count, left.only, left.fewer))
 
-    def _open(self, node: fx.Node, over: Atoms) -> _Open | fx.Node:
-        """Which candidates a value leaves; the call where that is lost."""
+    def _open(self, node: fx.Node, over: Atoms, reader: fx.Node) -> _Open | fx.Node:
+        """Which candidates a value leaves when ``reader`` reads it; the call where that is lost."""
+        if self.writes.between(node, reader):
+            return node
         if node.name in self.made or node.op == "placeholder":
             return _Open()
         name = base_name(node)
@@ -213,7 +235,7 @@ class Scores:
         if mine is None:
             return node
         for source in sources:
-            other = self._open(source, over)
+            other = self._open(source, over, node)
             if isinstance(other, fx.Node):
                 return other
             mine = mine.also(other)

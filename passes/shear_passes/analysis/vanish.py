@@ -22,7 +22,7 @@ from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.losing import Losing
-from shear_passes.analysis.scores import Choice, Scores, base_name
+from shear_passes.analysis.scores import Choice, Scores, Writes, base_name
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
@@ -90,10 +90,11 @@ class _Walk:
         for contraction in axes.contractions:
             self.by_call.setdefault(contraction.node.name, []).append(contraction)
         # Values that may lie in the same memory, by the first of them.
-        self.home: dict[str, str] = {}
+        self.writes = Writes()
+        self.home = self.writes.home
         self.sharing: dict[str, list[str]] = {}
         self._distinct: dict[int, tuple[Axis, ...]] = {}
-        self.scores = Scores(program, axes)
+        self.scores = Scores(program, axes, self.writes)
         self.low: dict[str, Atoms] = {}
         self.losing = Losing(axes, self.scores, self.zero, self.low, {}, self._aligned_in, self._moved)
 
@@ -102,10 +103,8 @@ class _Walk:
         for node in self.program.nodes:
             if node.op == "output":
                 continue
-            out = self._out(node)
-            self.losing.see(node, out)
-            zero = (self._of(node, out) | self.losing.zeros(node, out)) - self.low[node.name]
-            self.zero[node.name] = self.made[node.name] = zero
+            self.zero[node.name] = self.made[node.name] = self._zeros(node)
+            self.writes.position[node.name] = len(self.writes.position)
             self._settle(node)
             self._check_poles(node)
             for contraction in self.by_call.get(node.name, ()):
@@ -121,6 +120,14 @@ class _Walk:
             self.scores.routers, tuple(self.scores.choices),
         )  # fmt: skip
 
+    def _zeros(self, node: fx.Node) -> Atoms:
+        out = self._out(node)
+        if not self.scores.routers:
+            self.low[node.name] = self.losing.repeated[node.name] = _NOTHING
+            return self._of(node, out)
+        self.losing.see(node, out)
+        return (self._of(node, out) | self.losing.zeros(node, out)) - self.low[node.name]
+
     def _settle(self, node: fx.Node) -> None:
         """Note whose memory the value lies in."""
         source = node.args[0] if _shares(self.axes, node) else None
@@ -131,7 +138,8 @@ class _Walk:
     def _write(self, node: fx.Node, written: fx.Node) -> None:
         """What lies in the memory that a call writes to is zero only where what it writes is zero, too."""
         carried = self.carried(self.axes.dims(written)).keys()
-        for state in (self.zero, self.low):
+        self.writes.note(node, written)
+        for state in (self.zero, self.low, self.losing.repeated):
             lost = carried - state[node.name]
             for name in self.sharing[self.home[written.name]] if lost else ():
                 state[name] -= lost

@@ -89,8 +89,8 @@ class Need(Enum):
 class Ranking:
     """Entries of ``operand`` along ``over`` are compared with each other.
 
-    ``count``: how many of them are chosen and named by their numbers; 0 where none is. ``reason``: what holds the axis
-    unless removed entries are known to be what ``need`` says.
+    ``count``: how many of them are chosen, 0 where none is; ``named``: whether their numbers are read, and not only
+    how large they are. ``reason``: what holds the axis unless removed entries are known to be what ``need`` says.
     """
 
     node: fx.Node
@@ -99,6 +99,7 @@ class Ranking:
     need: Need
     reason: str
     count: int = 0
+    named: bool = False
 
 
 @dataclass
@@ -168,7 +169,9 @@ class Site:
         if operand is None:
             self.freeze([over], reason)
         else:
-            self.rankings.append(Ranking(self.node, operand, over, need, f"{reason} at {self.where}", count))
+            unpacked = [u.args[1] for u in self.node.users if getattr(u.target, "__name__", "") == "getitem"]
+            named = count > 0 and (len(self.shapes) == 1 or 1 in unpacked)
+            self.rankings.append(Ranking(self.node, operand, over, need, f"{reason} at {self.where}", count, named))
 
     def align(self, dims: Iterable[Dim], *, bytes: int) -> None:
         """The kernel wants rows over each of these dims to be a multiple of so many bytes."""
