@@ -84,9 +84,13 @@ class Dot:
         klass = f"{cluster.times} {cluster.klass}".strip()
         label = f"<B>{escape(cluster.title)}</B>&#160; {grey(escape(klass), 10)}"
         look = f'color="{FROZEN_INK}", penwidth=1.6' if cluster.times else 'color="#c9c9c9", penwidth=0.8'
+        style = "rounded,filled"
+        if self.plan is not None and cluster.path in self.plan.gone:
+            label += f'&#160; <FONT COLOR="{RED}"><B>gone</B></FONT>'
+            look, style = f'color="{RED}", penwidth=1.6', "rounded,filled,dashed"
         fill = "#fafafa" if depth % 2 else "#ffffff"
         about = escape(f"{cluster.path} ({klass})")
-        return f'label=<{label}>, style="rounded,filled", fillcolor="{fill}", {look}, margin=9, tooltip="{about}"'
+        return f'label=<{label}>, style="{style}", fillcolor="{fill}", {look}, margin=9, tooltip="{about}"'
 
     def _item(self, item: Item) -> str:
         name = self._ids.setdefault(item.path, f"n{len(self._ids)}")

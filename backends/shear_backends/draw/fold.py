@@ -80,10 +80,12 @@ def fold(
     kept: Mapping[str, int],
     least: int,
     unfolded: Collection[int] = (),
+    gone: Collection[str] = (),
 ) -> Folding:
     """Fold every run of at least ``least`` alike blocks, leaving out the outermost blocks numbered ``unfolded``.
 
-    ``kept``: group name to the units a plan leaves; blocks that lose different numbers of units are not alike.
+    ``kept``: group name to the units a plan leaves; blocks that lose different numbers of units are not alike, nor is
+    one that is ``gone`` like one that stays.
     """
     folding = Folding()
     for up, blocks in _blocks(items).items():
@@ -92,7 +94,9 @@ def fold(
         shared = set.intersection(*(_atoms(found) for found in blocks.values()))
         signed = {n: _signature(f"{up}.{n}", blocks[n], groups, kept, shared) for n in sorted(blocks)}
         held = unfolded if _outermost(up) else ()
-        folding.runs[up] = list(_runs(list(signed), [n if n in held else signed[n][0] for n in signed], least))
+        folding.runs[up] = list(
+            _runs(list(signed), [n if n in held else (signed[n][0], f"{up}.{n}" in gone) for n in signed], least)
+        )
         for run in folding.runs[up]:
             for first in run.members[: run.period]:
                 for alike in zip(*(signed[n][1] for n in run.like(first)), strict=True):

@@ -97,7 +97,8 @@ def _folded(flow: Flow, groups: Groups, unfolded: Collection[int], plan: Plan | 
     kept = {c.group: len(c.kept) for c in plan.cuts} if plan else {}
 
     def attempt(kept: Mapping[str, int]) -> Folding:
-        return fold(flow.items.values(), groups, kept=kept, least=least, unfolded=unfolded)
+        gone = frozenset(plan.gone) if plan else frozenset[str]()
+        return fold(flow.items.values(), groups, kept=kept, least=least, unfolded=unfolded, gone=gone)
 
     folding = attempt(kept)
     crowded = sum(folding.path(path) == path for path in flow.items) > CROWD
