@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_ir.axes import Axis
 from shear_ir.errors import PlanError
-from shear_passes.analysis.find_groups import FindGroups, Group
+from shear_passes.analysis.find_groups import BlockGroup, Group
 from shear_passes.importance import CRITERIA, BlockInfluence, Custom, Evidence, LoraGuided, Reap, criterion
+from shear_passes.importance.block_influence import Ends, Turn, Watch
 from shear_passes.importance.calibration import Calibration, Data
 from shear_passes.importance.custom import as_criterion
 from shear_passes.importance.magnitude import Magnitude
@@ -82,17 +81,7 @@ def test_a_model_without_adapters_gets_some_for_the_time_of_the_pass() -> None:
 
 
 def experts(family: str) -> tuple[Any, list[Group]]:
-    """A manager whose groups are those of whole experts."""
-    _, _, groups = traced(family)
-    mine = manager(family)
-    found = []
-    for group in groups:
-        if home(group) is not None and group.size in (5, 7):
-            axis = Axis(group.size)
-            slices = tuple(dataclasses.replace(s, expression=axis, axis=axis) for s in group.slices)
-            found.append(dataclasses.replace(group, kind="expert", axis=axis, slices=slices))
-    mine.put(FindGroups(), found)  # type: ignore[arg-type]
-    return mine, found
+    return manager(family), [g for g in traced(family)[2] if g.kind == "expert"]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
@@ -169,6 +158,28 @@ def test_block_influence_is_one_less_the_mean_cosine() -> None:
     np.testing.assert_allclose(found[groups["block"]], whole, rtol=1e-5)
     np.testing.assert_allclose(found[groups["attention_block"]], turn[::2], rtol=1e-5)
     np.testing.assert_allclose(found[groups["mlp_block"]], turn[1::2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "vit", "t5"])
+def test_every_block_that_can_go_has_an_influence(family: str) -> None:
+    data: Any = [torch.randn(2, 3, 30, 30)] if family == "vit" else batches()
+    data = [{**b, "decoder_input_ids": b["input_ids"][:, :7]} for b in data] if family == "t5" else data
+    found = scores(BlockInfluence(), family, data)
+    blocks = [g for g in traced(family)[2] if isinstance(g, BlockGroup) and g.prunable]
+    assert len(blocks) >= 3
+    for group in blocks:
+        able = np.array([not unit.reason for unit in group.units])
+        assert (found[group][able] > 0).all()
+        assert (found[group][able] < 2).all()
+
+
+def test_a_module_that_several_blocks_run_through_shows_none_of_them() -> None:
+    calibration = Calibration(nn.Identity(), [])
+    turn, x = Turn(), torch.randn(2, 5, 4)
+    watch = Watch(calibration, turn, Ends("norm", ("branch",)))
+    for _ in range(2):
+        watch.before(nn.Identity(), (x,), {})
+    assert turn.broken
 
 
 def loudest(group: Group, evidence: Evidence) -> Any:

@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor, fx, nn
 from torch.nn.functional import cosine_similarity
 
-from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Group
@@ -33,10 +32,14 @@ class Ends:
 
 @dataclass(eq=False)
 class Turn:
-    """The sum over ``count`` tokens of the cosine between the stream before and after a block."""
+    """The sum over ``count`` tokens of the cosine between the stream before and after a block.
+
+    ``broken``: what modules showed was not this block alone.
+    """
 
     cosines: float = 0.0
     count: int = 0
+    broken: bool = False
 
     @property
     def influence(self) -> float:
@@ -70,8 +73,10 @@ def ends_of(unit: Any) -> Ends | None:
         return None
     (block,) = unit.blocks
     outer = _modules(block.branches[0][0])
-    readers = [_below(user, outer) for user in block.entry.users if user in block.region]
-    entries = [path for path in readers if path]
+    made = {*outer, *_modules(block.entry)}
+    # The innermost module of a reader takes the stream as its input, unless the stream was made in it.
+    readers = [_modules(user)[-1:] for user in _readers(block.entry) if user in block.region]
+    entries = [path for (path,) in filter(None, readers) if path not in made]
     branches = [_maker(node.args[place], outer) for node, place in block.branches]
     if not entries or not all(branches):
         return None
@@ -79,12 +84,25 @@ def ends_of(unit: Any) -> Ends | None:
 
 
 def _maker(node: Any, outer: tuple[str, ...]) -> str:
-    """The module whose result ``node`` is; dropout between it and the sum does nothing here."""
-    while isinstance(node, fx.Node) and not _below(node, outer) and "dropout" in str(node.target):
+    """The module whose result ``node`` is; dropout between it and the sum does nothing in evaluation mode."""
+    while isinstance(node, fx.Node) and _drops(node):
         node = node.args[0]
     path = _below(node, outer) if isinstance(node, fx.Node) else ""
     # What its module makes of it afterwards would be seen instead.
-    return path if path and all(not _within(user, path) for user in node.users) else ""
+    return path if path and all(_drops(user) or not _within(user, path) for user in node.users) else ""
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a value, as it is or after dropout."""
+    for user in node.users:
+        if _drops(user):
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _drops(node: fx.Node) -> bool:
+    return "dropout" in str(node.target)
 
 
 def _modules(node: fx.Node) -> tuple[str, ...]:
@@ -112,7 +130,7 @@ class BlockObserver(Observer):
     def attach(self, calibration: Calibration) -> Iterator[None]:
         with ExitStack() as hooks:
             for place, ends in self.ends.items():
-                watch = _Watch(calibration, self.found[place], ends)
+                watch = Watch(calibration, self.found[place], ends)
                 module = calibration.model.get_submodule(ends.entry)
                 hooks.callback(module.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
                 for path in ends.branches or (ends.entry,):
@@ -125,7 +143,9 @@ class BlockObserver(Observer):
 
 
 @dataclass(eq=False)
-class _Watch:
+class Watch:
+    """Sees a block begin and end, once per forward pass."""
+
     calibration: Calibration
     turn: Turn
     ends: Ends
@@ -133,12 +153,17 @@ class _Watch:
     added: list[Tensor] = field(default_factory=list)
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A module that is called again before its block has ended belongs to more than this block.
+        self.turn.broken |= self.entry is not None and self.calibration.watching
         given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
         self.entry = given[0].detach() if given and self.calibration.watching else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         made = output[0] if isinstance(output, tuple | list) else output
-        if self.entry is None or not isinstance(made, Tensor):
+        if self.entry is None or not self.calibration.watching:
+            return
+        if not isinstance(made, Tensor) or made.shape != self.entry.shape:
+            self.turn.broken = True
             return
         self.added.append(made.detach())
         if len(self.added) == max(1, len(self.ends.branches)):
@@ -148,8 +173,6 @@ class _Watch:
             self.added.clear()
 
     def _add(self, entry: Tensor, left: Tensor) -> None:
-        if entry.shape != left.shape:
-            raise PlanError(f"{self.ends.entry} changes the shape of its stream, so its influence is no cosine")
         # Images have their features in dim 1; of sequences each token counts.
         before, after = (t.float().flatten(1) if t.dim() > 3 else t.float() for t in (entry, left))
         cosines = cosine_similarity(before, after, dim=-1)
@@ -190,4 +213,4 @@ class BlockInfluence(Importance):
 
 def _seen(found: Mapping[Place, Turn], group: Group, unit: int) -> bool:
     turn = found.get((group.name, unit))
-    return turn is not None and turn.count > 0
+    return turn is not None and turn.count > 0 and not turn.broken
