@@ -13,6 +13,8 @@ Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # Spelled here too, so that --help loads no torch; a test compares them.
 Allocation = Literal["uniform", "global", "isomorphic", "by-knowledge"]
 Budget = Literal["parameters", "bytes", "flops", "kv_bytes"]
+Repair = Literal["least-squares", "flap-bias"]
+Rotation = Literal["residual", "heads"]
 
 ModelArgument = Annotated[
     str,
@@ -121,6 +123,23 @@ CalibrationOption = Annotated[
         help="Text to judge units by: a data.yaml that names sources, or one file of rows (.txt, .jsonl, .parquet).",
     ),
 ]  # fmt: skip
+RepairOption = Annotated[
+    Repair | None,
+    typer.Option(
+        help="Fold what goes into what stays, from --data, without training; flap-bias needs biases.",
+        show_default=False,
+    ),
+]
+RotateOption = Annotated[
+    Rotation | None,
+    typer.Option(
+        help="Turn the residual stream (--data), or the values of heads, so that their last directions matter least.",
+        show_default=False,
+    ),
+]
+BiasesOption = Annotated[
+    bool, typer.Option("--add-biases", help="Give what reads pruned units a bias: another architecture, for flap-bias.")
+]
 SamplesOption = Annotated[
     int | None, typer.Option(help="Rows of --data to look at, from all sources alike.", show_default="128", min=1)
 ]

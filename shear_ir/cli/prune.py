@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shear_ir.cli import console, options, report, scoring
+from shear_ir.cli.change import Change
 from shear_ir.cli.models import open_model
 from shear_ir.errors import PlanError, SaveError, ShearError
 
@@ -40,6 +41,9 @@ def prune(
     data: options.CalibrationOption = None,
     samples: options.SamplesOption = None,
     device: options.DeviceOption = None,
+    repair: options.RepairOption = None,
+    rotate: options.RotateOption = None,
+    add_biases: options.BiasesOption = False,
     round_to: options.RoundToOption = None,
     allocation: options.AllocationOption = None,
     knowledge: options.KnowledgeOption = None,
@@ -75,7 +79,8 @@ def prune(
         block_importance=block_importance, seed=seed, stock=stock,
     )  # fmt: skip
     read = None if data is None else scoring.Read(data, samples, device)
-    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read)
+    change = Change((repair,) if repair else (), rotate, add_biases, read, trust_remote_code, choices.get("seed", 0))
+    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read, change)
     asked.check()
     if samples is not None and data is None:
         raise PlanError("--samples is a number of rows of --data: give --data FILE")
@@ -105,13 +110,15 @@ class _Asked:
     plan_out: Path | None
     verify: bool
     merge: bool
-    read: scoring.Read | None = None
+    read: scoring.Read | None
+    change: Change
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
         if (self.ratio is None and "blocks" not in self.choices) == (self.file is None):
             raise ShearError("give either --ratio or --plan, which say what goes")
-        if self.file is not None and (self.choices or self.read):
+        self.change.check()
+        if self.file is not None and (self.choices or (self.read and not self.change.reads)):
             names = [*self.choices, *(["data"] if self.read else [])]
             spelled = ", ".join(f"--{name.replace('_', '-')}" for name in names)
             raise ShearError(f"--plan says already what goes: leave out {spelled}")
@@ -129,8 +136,10 @@ class _Asked:
 
     def steps(self) -> list[str]:
         """The names of the steps that ``run`` takes."""
-        last = [] if self.dry_run else ["shearing", "verifying", "saving"]
-        return ["loading", "tracing", "analysing", "selecting", *(s for s in last if self.verify or s != "verifying")]
+        last = [] if self.dry_run else ["shearing", *(["verifying"] if self.verify else []), "saving"]
+        turned = ["rotating"] if self.change.before else []
+        mended = ["repairing"] if self.change.repairs and not self.dry_run else []
+        return ["loading", *turned, "tracing", "analysing", "selecting", *mended, *last]
 
     def run(self, step: console.Steps, trust: bool, dtype: options.Dtype | None) -> report.Pruned:
         """The whole road; nothing is saved that is not sound."""
@@ -145,15 +154,22 @@ class _Asked:
             raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
         if self.merge and not has_adapters(loaded.model):
             raise ShearError(f"{self.spec} has no adapters to merge")
+        if self.change.before:
+            with step("rotating"):
+                loaded = self.change.turned(loaded, step)
         with step("tracing"):
             program = pipeline.trace(loaded.model) if ready is None else pipeline.planned_program(loaded.model, ready)
         with step("analysing"):
             groups = pipeline.groups(program)
         with step("selecting"):
             plan = self._plan(loaded, program, step, trust) if ready is None else ready
+            plan = replace(plan, options={**plan.options, **self.change.told})
         result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds)
         if self.dry_run or self.out is None:
             return result
+        if self.change.repairs:
+            with step("repairing"):
+                loaded = self.change.mended(loaded, plan, step)
         with step("shearing"):
             small = pipeline.shear(loaded.model, plan, merge=self.merge)
         if self.verify:

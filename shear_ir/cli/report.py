@@ -42,7 +42,8 @@ class Pruned:
     def warnings(self) -> list[str]:
         """Sentences the user should read before using the result."""
         criterion = str(self.plan.options.get("importance", ""))
-        if not self.tokens or self.plan.ratio <= _HARMLESS or criterion.partition("{")[0] not in _DATA_FREE:
+        blind = criterion.partition("{")[0] in _DATA_FREE and not (self.plan.options.keys() & {"repair", "rotate"})
+        if not self.tokens or self.plan.ratio <= _HARMLESS or not blind:
             return []
         return [
             f"{criterion} looks at no data: a language model that loses {self.plan.ratio:.0%} of its parameters by it "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,8 @@ from shear_ir.cli import console
 from shear_ir.errors import LoadError, PlanError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from shear_ir.cli.options import Device
     from shear_ir.frontend.load import LoadedModel
     from shear_ir.plans import Plan
@@ -36,7 +40,7 @@ def require_data(name: str, read: Read | None, seed: int = 0) -> None:
 def planned(
     loaded: LoadedModel, program: Program, step: console.Steps, read: Read | None, trust: bool, choices: dict[str, Any]
 ) -> Plan:
-    """The plan by the criterion that was chosen; the model is on the CPU again afterwards."""
+    """The plan by the criterion that was chosen."""
     from shear_ir import pipeline
     from shear_passes.analysis.block_groups import BLOCK_KINDS
     from shear_passes.importance import default
@@ -47,18 +51,28 @@ def planned(
     choices = choices if blocks else {"importance": default(read), **choices}
     if read is None:
         return pipeline.plan(program, **choices)
-    data = _batches(loaded, step, read, trust, choices.get("seed", 0))
-    device = _device(read)
-    loaded.model.to(device)
+    data = batches(loaded, step, read, trust, choices.get("seed", 0))
+    with on_device(loaded.model, read):
+        return pipeline.plan(program, data=data, progress=telling(step, "scoring"), **choices)
+
+
+def telling(step: console.Steps, what: str) -> Callable[[int, int | None], None]:
+    """Progress of ``what`` over batches."""
+    return lambda done, all_: step.tell(what, done, all_)
+
+
+@contextmanager
+def on_device(model: nn.Module, read: Read) -> Iterator[None]:
+    """``model`` where ``--device`` says; it is on the CPU again afterwards."""
+    model.to(_device(read))
     try:
-        return pipeline.plan(
-            program, data=data, progress=lambda done, all_: step.tell("scoring", done, all_), **choices
-        )
+        yield
     finally:
-        loaded.model.to("cpu")
+        model.to("cpu")
 
 
-def _batches(loaded: LoadedModel, step: console.Steps, read: Read, trust: bool, seed: int) -> Any:
+def batches(loaded: LoadedModel, step: console.Steps, read: Read, trust: bool, seed: int) -> Any:
+    """The rows of ``--data`` in batches that the model reads."""
     from shear_ir.cli.models import open_tokenizer
     from shear_ir.training.evaluate import require_readable
     from shear_ir.workflow.calibration import SAMPLES, calibration_batches

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shear_ir.cli import console, options
+from shear_ir.cli.change import changed
 from shear_ir.cli.models import open_model, open_sheared
 from shear_ir.errors import ShearError
 
@@ -41,6 +42,12 @@ def verify(
         raise ShearError(f"{out} was not written by shear-ir: it holds no {SHEARED}")
     whole = out / ADAPTERS / PLAN_FILE
     plan = Plan.load(whole if whole.is_file() else out / PLAN_FILE)
+    made = changed(dict(plan.options))
+    if made:
+        raise ShearError(
+            f"the weights of {out} are not those of {model}: prune changed them by {', '.join(made)}, and compared the "
+            "result with the model it had changed before it saved it"
+        )
     with console.Steps("loading", "tracing", "verifying") as step:
         with step("loading"):
             dense = open_model(model, trust_remote_code, dtype)
