@@ -100,18 +100,19 @@ class Plan:
             if first is not None and len(first.kept) != cut.size:
                 raise PlanError(f"{cut.group} has {len(first.kept)} units left, but the later plan expects {cut.size}")
             cuts[cut.group] = cut if first is None else replace(first, kept=first.kept[cut.kept])
+        gone = tuple(sorted({*self.gone, *later.gone}, key=natural))
         names = dict.fromkeys((*self.kept, *later.kept))
         kept = {name: _compose(self.kept.get(name, {}), later.kept.get(name, {})) for name in names}
         return replace(
             self,
-            cuts=tuple(cuts.values()),
-            kept=kept,
+            cuts=tuple(c for c in cuts.values() if not c.module or renumbered(c.module, gone) is not None),
+            kept={name: dims for name, dims in kept.items() if renumbered(name, gone) is not None},
             after=later.after,
             frozen={**self.frozen, **later.frozen},
             options={"first": dict(self.options), "then": dict(later.options)},
-            gone=tuple(sorted({*self.gone, *later.gone}, key=natural)),
+            gone=gone,
             names=moved,
-            routers={**self.routers, **later.routers},
+            routers={n: d for n, d in {**self.routers, **later.routers}.items() if renumbered(n, gone) is not None},
         )
 
     def _in_my_names(self, later: Plan) -> Plan:
