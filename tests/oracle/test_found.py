@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,4 +83,32 @@ class NarrowRouter(nn.Module):
 
 
 def test_a_router_of_one_column_is_a_matrix_in_the_reference() -> None:
-    assert sound(NarrowRouter(), (5, 3, 1)).prunable == 2
+    assert sound(NarrowRouter(), (5, 3, 1)).plans
+
+
+class Scaled(nn.Module):
+    """Channels divided by a statistic of their own, which is zero where the channel is."""
+
+    def __init__(self, scale: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(5, 6), nn.Linear(6, 7), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y / self.scale(y))
+
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "largest": lambda y: y.abs().amax(1, keepdim=True),
+    "largest and place": lambda y: y.abs().max(1, keepdim=True)[0],
+    "spread": lambda y: y.std(1, keepdim=True),
+    "product": lambda y: y.prod(1, keepdim=True),
+    "running product": lambda y: y.cumprod(1),
+    "root of squares": lambda y: torch.hypot(y, y),
+    "windows": lambda y: y.repeat(1, 2, 1).unfold(1, 2, 2)[..., 0],
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_a_channel_is_not_divided_by_what_vanishes_with_it(name: str) -> None:
+    assert sound(Scaled(STATISTICS[name]), (2, 5, 5)).frozen["removed entries would be divided by"] == 1

@@ -333,6 +333,7 @@ def test_windows_hold_their_dim() -> None:
         """
         x [a:5, b!:7]
         -> [a:5, c!:3, d!:3]
+        zero: a
         b c d: windows run along the axis at %unfold_default = aten.unfold
         """,
     )

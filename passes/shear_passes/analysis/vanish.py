@@ -31,9 +31,15 @@ Counts = dict[Axis, int]
 _POLES = {
     **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder"), (1,)),
     **dict.fromkeys(
-        ("reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow", "float_power"), (0,)
+        (
+            "reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow", "float_power", "acosh",
+            "arccosh", "special_bessel_y0", "special_bessel_y1", "special_modified_bessel_k0",
+            "special_modified_bessel_k1",
+        ),
+        (0,),
     ),
     "addcdiv": (2,),
+    "polygamma": (1,),
 }
 """Operators that are infinite or undefined where one of their arguments is zero, and the place of that argument."""
 

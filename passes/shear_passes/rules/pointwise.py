@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _PRODUCTS = {"mul", "multiply", "__and__", "__iand__", "bitwise_and", "logical_and"}
 _SUMS = {
     "add", "sub", "subtract", "rsub", "__or__", "__ior__", "bitwise_or", "logical_or", "maximum", "minimum", "fmax",
-    "fmin", "complex",
+    "fmin", "complex", "hypot", "addcmul",
 }  # fmt: skip
 _FIRST = {"div", "divide", "true_divide", "pow", "fmod", "remainder", "ldexp", "floor_divide"}
 _ZERO_TO_ZERO = {

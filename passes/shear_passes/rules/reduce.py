@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from shear_ir.axes import ONE, Dim, Dims, axis
-from shear_passes.rules.registry import Need, Results, Site, resize, rule, wrap
+from shear_passes.rules.registry import Need, Results, Site, Vanish, resize, rule, wrap
 from shear_passes.rules.resizing import Change
 
 aten = torch.ops.aten
@@ -83,10 +83,10 @@ def resize_mean(change: Change) -> None:
 
 @rule(
     aten.amax.default, aten.amin.default, aten.any.dim, aten.any.dims, aten.any.default, aten.all.dim,
-    aten.all.default, aten.all.dims,
+    aten.all.default, aten.all.dims, vanish=Vanish.FIRST,
 )  # fmt: skip
 def extreme(site: Site, x: Dims, dims: Any = None, keepdim: bool = False) -> Dims:
-    """The largest or smallest entry: a zero can be it."""
+    """The largest or smallest entry: a zero can be it, and of zeros it is zero."""
     places = _places(x, dims)
     site.freeze([x[p] for p in places], "an extreme is taken over the axis")
     return _rest(x, places, keepdim)
@@ -95,6 +95,8 @@ def extreme(site: Site, x: Dims, dims: Any = None, keepdim: bool = False) -> Dim
 @rule(aten.max.default, aten.min.default, aten.argmin.default, aten.prod.default, aten.prod.dim_int)
 def whole(site: Site, x: Dims, dim: int | None = None, keepdim: bool = False, **_: Any) -> Dims:
     """The largest entry or its number, or the product."""
+    if site.node.target is aten.prod.dim_int:
+        site.vanish = Vanish.FIRST
     places = _places(x, dim)
     site.freeze([x[p] for p in places], "a reduction that sees zeros")
     return _rest(x, places, keepdim)
@@ -110,7 +112,7 @@ def place_of_largest(site: Site, x: Dims, dim: int | None = None, keepdim: bool 
     return _rest(x, _places(x, dim), keepdim)
 
 
-@rule(aten.max.dim)
+@rule(aten.max.dim, vanish=Vanish.FIRST)
 def largest_and_place(site: Site, x: Dims, dim: int = -1, keepdim: bool = False) -> Results:
     """The largest entry and its number."""
     site.rank(0, x[dim], Need.LOSING, "an extreme is taken over the axis", count=1)
@@ -127,22 +129,24 @@ def extreme_and_place(site: Site, x: Dims, dim: int = -1, keepdim: bool = False)
     return [rest, rest]
 
 
-@rule(aten.aminmax.default)
+@rule(aten.aminmax.default, vanish=Vanish.FIRST)
 def both_extremes(site: Site, x: Dims, *, dim: int | None = None, keepdim: bool = False) -> Results:
     """The smallest and the largest entry."""
     out = extreme(site, x, dim, keepdim)
     return [out, out]
 
 
-@rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim)
+@rule(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, vanish=Vanish.FIRST)
 def variance(site: Site, x: Dims, dims: Any = None, *rest: Any, correction: Any = 1, keepdim: bool = False) -> Dims:
-    """Spread around the mean, which moves when zeros go."""
+    """Spread around the mean, which moves when zeros go; zeros have none."""
     places = _places(x, dims)
     site.freeze([x[p] for p in places], "a variance runs over the axis")
     return _rest(x, places, keepdim or len(site.shape) == len(x))
 
 
-@rule(aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim)
+@rule(
+    aten.var_mean.correction, aten.var_mean.dim, aten.std_mean.correction, aten.std_mean.dim, vanish=Vanish.FIRST
+)  # fmt: skip
 def variance_and_mean(site: Site, x: Dims, dims: Any = None, *_: Any, **__: Any) -> Results:
     """Spread and mean together."""
     places = _places(x, dims)
@@ -161,6 +165,8 @@ def running_sum(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
 @rule(aten.cumprod.default, aten.logcumsumexp.default)
 def running(site: Site, x: Dims, dim: int, **_: Any) -> Dims:
     """Entry i depends on all before it."""
+    if site.node.target is aten.cumprod.default:
+        site.vanish = Vanish.FIRST
     site.freeze([x[dim]], "a running total along the axis")
     return x
 
@@ -172,7 +178,7 @@ def running_extreme(site: Site, x: Dims, dim: int) -> Results:
     return [x, x]
 
 
-@rule(aten.diff.default)
+@rule(aten.diff.default, vanish=Vanish.FIRST)
 def difference(site: Site, x: Dims, n: int = 1, dim: int = -1, *_: Any) -> Dims:
     """Entry i depends on its neighbour."""
     place = wrap(dim, len(x))

@@ -193,7 +193,7 @@ def pad(site: Site, x: Dims, amounts: Sequence[Any], *rest: Any, **_: Any) -> Di
     return tuple(out)
 
 
-@rule(aten.slice_scatter.default, aten.select_scatter.default)
+@rule(aten.slice_scatter.default, aten.select_scatter.default, vanish=Vanish.ALL)
 def scatter_part(site: Site, x: Dims, source: Dims, dim: int = 0, *_: Any) -> Dims:
     """``x`` with a part of one dim taken from ``source``: the other dims are walked together."""
     place = wrap(dim, len(x))
@@ -206,7 +206,7 @@ def scatter_part(site: Site, x: Dims, source: Dims, dim: int = 0, *_: Any) -> Di
     return x
 
 
-@rule(aten.unfold.default)
+@rule(aten.unfold.default, vanish=Vanish.FIRST)
 def unfold(site: Site, x: Dims, dim: int, size: int, step: int) -> Dims:
     """Windows along a dim, laid out in a new last one."""
     place = wrap(dim, len(x))
