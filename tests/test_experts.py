@@ -17,6 +17,7 @@ from torch import nn
 import shear_ir as sir
 from shear_ir.plans import Plan
 from shear_ir.training.lhspg import LHSPG
+from tests.oracle.locality import check_calls
 from tests.roads import Traced, outputs, same, trace
 from tests.zoo import randomised
 
@@ -116,6 +117,11 @@ def test_the_stock_class_loads_fewer_experts(name: str, tmp_path: Path) -> None:
     assert same(outputs(stock, family(name).feed), outputs(small(name), family(name).feed))
     # How many are chosen is the model's own matter.
     assert stock.config.num_experts_per_tok == CHOSEN
+
+
+def test_no_kept_entry_hangs_on_a_removed_expert() -> None:
+    found = family("deepseek_v3")
+    check_calls(found.model, found.groups.axes, found.groups.zeros, found.feed, rounds=2)
 
 
 def test_a_plan_of_experts_leaves_as_many_in_every_layer() -> None:
