@@ -64,6 +64,29 @@ def test_lora_guided_is_the_gradient_that_adapters_imply() -> None:
     np.testing.assert_allclose(found[group], average.numpy(), rtol=1e-3)
 
 
+def test_adapters_count_as_what_they_add_to_the_weights_that_read() -> None:
+    model = adapted()
+    program = sir.trace(model)
+    mine = sir.scores(program, "wanda", "flap", data=batches())
+    plain = traced("llama_gqa")[0]
+    copy = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    merged: Any = model.merge_and_unload()
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(merged.get_parameter(name))
+    try:
+        wanted = sir.scores(traced("llama_gqa")[1], "wanda", "flap", data=batches())
+    finally:
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                parameter.copy_(copy[name])
+    groups = {(g.kind, g.module.removeprefix("base_model.model.")): g for g in sir.groups(program)}
+    for group in traced("llama_gqa")[2]:
+        if group.kind in ("ffn", "kv_head"):
+            for name in mine:
+                np.testing.assert_allclose(mine[name][groups[group.kind, group.module]], wanted[name][group], rtol=1e-3)
+
+
 def test_a_model_without_adapters_gets_some_for_the_time_of_the_pass() -> None:
     model, _, _ = traced("llama_gqa")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shear_ir.axes import owners
+from shear_ir.frontend.adapters import Adapter, find_adapters
 from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.consumers import Consumer, FindConsumers
@@ -27,6 +28,7 @@ from shear_passes.importance.base import (
     reduced,
     weights_of,
 )
+from shear_passes.importance.calibration import Data
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
 
 
@@ -39,7 +41,7 @@ class ReadImportance(Importance):
 
     features: Reduce = "sum"
 
-    requires = (FindGroups, FindConsumers, ReadStatistics)
+    requires = (FindGroups, FindConsumers, ReadStatistics, Data)
     _weighs = True
 
     def statistics(self) -> tuple[Statistic[Any], ...]:
@@ -48,8 +50,8 @@ class ReadImportance(Importance):
 
     def run(self, program: Program, analyses: AnalysisManager) -> Scores:
         """Raises ``PlanError`` without data or weights; asking for a group that no consumer reads does so later."""
-        weights = weights_of(analyses, self.name()) if self._weighs else {}
         seen = analyses.get(ReadStatistics())
+        weights = _Weights(weights_of(analyses, self.name()), analyses.get(Data()).model) if self._weighs else None
         consumers = analyses.get(FindConsumers())
         known: dict[Consumer, Score] = {}
         scores: dict[Group, Score] = {}
@@ -70,16 +72,31 @@ class ReadImportance(Importance):
     def score(self, weight: Tensor | None, moments: Moments) -> Tensor:
         """The score of every feature, shape ``(features,)``; ``weight`` has shape ``(rows, features)``."""
 
-    def _features(self, consumer: Consumer, seen: CalibrationStatistics, weights: Mapping[str, Tensor]) -> Score:
+    def _features(self, consumer: Consumer, seen: CalibrationStatistics, weights: _Weights | None) -> Score:
         moments = seen[consumer]
-        weight = None
-        if self._weighs:
-            weight = consumer.matrix(weights[consumer.parameter].detach().float())
+        weight = None if weights is None else consumer.matrix(weights[consumer.parameter])
         return cast(Score, self.score(weight, moments).double().cpu().numpy())
 
     def _of(self, group: Group, found: Iterable[Consumer], known: Mapping[Consumer, Score]) -> Score:
         parts = [reduced(owners(c.features, group.axis), known[c], group.size, self.features) for c in found]
         return cast(Score, np.sum(parts, axis=0))
+
+
+class _Weights:
+    """Weights as the model computes with them, in fp32: with what plain active adapters add."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+        self.tensors = tensors
+        self.adapters: dict[str, list[Adapter]] = {}
+        for adapter in find_adapters(model):
+            if adapter.active and adapter.variant is None:
+                self.adapters.setdefault(adapter.base, []).append(adapter)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self.tensors[name].detach().float()
+        for adapter in self.adapters.get(name, ()):
+            weight = weight + adapter.delta()
+        return weight
 
 
 def _reason(unseen: list[Consumer]) -> str:
