@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_concrete_int
 
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
-from shear_ir.program import ModuleInfo, Param, Program, TensorKind
+from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
 
 _ROOT = "root"
 _LARGEST_OPAQUE = 0.5  # of the parameters: beyond it, a model that was traced would not be one that can be pruned
@@ -77,7 +77,7 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
     shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in feed.values())} if dynamic else None
 
     def attempt() -> ExportedProgram:
-        return export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
+        return _settled(export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False))
 
     failure: Exception
     for patches in (contextlib.nullcontext, _transformers_patches):
@@ -98,6 +98,23 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
         except Exception as raised:
             failure = raised
     raise _trace_error(model, failure) from failure
+
+
+class _UnsettledError(Exception):
+    """A tensor's size is read out of another tensor; ``path``: the module that does."""
+
+    def __init__(self, node: fx.Node) -> None:
+        super().__init__(f"the size of {node.name} is read out of a tensor: {tuple(node.meta['val'].shape)}")
+        self.path = module_path(node).removeprefix(_ROOT).lstrip(".")
+
+
+def _settled(exported: ExportedProgram) -> ExportedProgram:
+    """The program, all of whose sizes follow from those of its inputs; raises ``_UnsettledError`` otherwise."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and any(free_unbacked_symbols(size) for size in value.shape):
+            raise _UnsettledError(node)
+    return exported
 
 
 def _opaque_class(model: nn.Module, failure: Exception, hidden: tuple[type[nn.Module], ...]) -> type[nn.Module] | None:
@@ -130,6 +147,8 @@ def _failing_module(model: nn.Module, failure: Exception) -> str:
 
 def _failing_modules(model: nn.Module, failure: Exception) -> list[tuple[str, nn.Module]]:
     """The modules below the root whose forward was running, the innermost last."""
+    if isinstance(failure, _UnsettledError):
+        return [(failure.path, model.get_submodule(failure.path))] if failure.path else []
     paths = {id(module): path for path, module in model.named_modules()}
     found: list[tuple[str, nn.Module]] = []
     frame = failure.__traceback__

@@ -117,3 +117,42 @@ class Everything(nn.Module):
 def test_a_model_of_which_nothing_would_be_left_is_refused() -> None:
     with pytest.raises(TraceError, match=r"in module picky \(Picky\)"):
         sir.trace(Everything())
+
+
+class Routed(nn.Module):
+    """Reads how many entries are positive, and as many of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Linear(HIDDEN, INNER)
+        self.back = nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = (x.flatten(0, -2).sum(-1) > 0).nonzero().squeeze(-1)
+        chosen = self.back(torch.relu(self.own(x.flatten(0, -2)[places])))
+        return torch.zeros_like(x).flatten(0, -2).index_add(0, places, chosen).view_as(x)
+
+
+class RoutedBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.picky = Routed()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.out(torch.relu(self.gate(x)))
+        return x + self.picky(x)
+
+
+class RoutedNet(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([RoutedBlock(), RoutedBlock()])
+
+
+def test_a_module_whose_sizes_are_read_out_of_tensors_is_one_call_as_well() -> None:
+    routed = trace(randomised(RoutedNet()))
+    assert sum("opaque" in str(node.target) for node in routed.program.calls()) == 2
+    plan = routed.without({g: [2, 5] for g in routed.able("ffn") if g.size == FFN})
+    report = sir.verify(routed.model, sir.shear(routed.model, plan, backend="graph"), plan)
+    assert report.sound
+    assert len(set(report.lengths)) == 2
