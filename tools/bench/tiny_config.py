@@ -142,8 +142,10 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
             yield Knob(path, "layers", value, [_entry(name, value[place], vocabulary) for place in places])
         elif isinstance(value, list):
             yield from _of_list(path, value, len(places))
-        elif value is None and (missing := _small(name, 0, vocabulary)) is not None and missing[0] == "experts":
-            yield Knob(path, "missing", None, missing[1])
+        elif value is None and (missing := _small(name, 0, vocabulary)) is not None and missing[0] in _MISSED:
+            yield Knob(path, f"missing {missing[0]}", None, missing[1])
+        elif name == "is_decoder" and value is False:
+            yield Knob(path, "missing decoder", False, True)
         elif isinstance(value, int) and not isinstance(value, bool):
             small = _small(name, value, vocabulary)
             if re.fullmatch(r"stem_(\w*channels|hidden_size)", name):
@@ -154,6 +156,8 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
                 yield Knob(path, small[0], value, small[1])
 
 
+_MISSED = ("vocab", "experts", "experts ffn", "kv heads", "head_dim", "ffn")
+"""What a class may leave open and its model then need."""
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -201,12 +205,15 @@ def _token(name: str, value: int) -> int:
 
 def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
     """Values for the knobs, the smallest first; then with one or two families left alone, or scaled down."""
-    given = [k for k in knobs if k.family != "missing"]
+    missing = [k for k in knobs if k.family.startswith("missing")]
+    given = [k for k in knobs if k not in missing]
     families = list(dict.fromkeys(k.family for k in given))
     yield {k.path: k.small for k in given}
     yield _alike(given)
     yield {k.path: k.small for k in given if len(k.path) == 1}
-    yield {k.path: k.small for k in knobs}
+    yield {k.path: k.small for k in (*given, *missing)}
+    for family in dict.fromkeys(k.family for k in missing):
+        yield {k.path: k.small for k in (*given, *(m for m in missing if m.family == family))}
     knobs = given
     for family in families:
         yield {k.path: k.small for k in knobs if k.family != family}
