@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -174,9 +176,10 @@ def test_unbind_holds_every_index() -> None:
     )
 
 
-def test_cat_is_a_concat() -> None:
+@pytest.mark.parametrize("put_together", [torch.cat, torch.concat, torch.concatenate])
+def test_cat_is_a_concat(put_together: Any) -> None:
     expect(
-        typed(lambda x, y, z: torch.cat([x, y, z], 1), x=(4, 3), y=(4, 5), z=(4, 2)),
+        typed(lambda x, y, z: put_together([x, y, z], 1), x=(4, 3), y=(4, 5), z=(4, 2)),
         """
         x [a:4, b:3]
         y [a:4, c:5]

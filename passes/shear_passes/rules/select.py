@@ -146,7 +146,7 @@ def unbind(site: Site, x: Dims, dim: int = 0) -> Results:
     return [(*x[:place], *x[place + 1 :]) for _ in site.shapes]
 
 
-@rule(aten.cat.default, aten.concat.default, vanish=Vanish.MOVED)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default, vanish=Vanish.MOVED)
 def cat(site: Site, tensors: Sequence[Dims], dim: int = 0) -> Dims:
     """Dims laid end to end along ``dim``, all other dims equal."""
     full = [t for t in tensors if not (len(t) == 1 and t[0].size == 0)] or list(tensors)
