@@ -29,7 +29,7 @@ ANSWERS: list[dict[str, Any]] = [
 
 
 def test_the_page() -> None:
-    expect_file(coverage.markdown(ANSWERS, {"torch": "2.13"}), "coverage.md")
+    expect_file(coverage.markdown(ANSWERS, {"torch": "2.13"}, 9), "coverage.md")
 
 
 def test_a_share_is_of_those_that_got_so_far() -> None:

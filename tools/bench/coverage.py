@@ -221,8 +221,8 @@ HEADER = (
 )  # fmt: skip
 
 
-def markdown(answers: Sequence[Answer], versions: Mapping[str, str]) -> str:
-    """The page: what it says, the numbers, the exceptions, one table per task."""
+def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int) -> str:
+    """The page: what it says, the numbers, the exceptions, one table per task; ``total``: of all architectures."""
     counts = summary(answers)
     said = ", ".join(f"{k} {v}" for k, v in versions.items())
     unsound = ", ".join(counts["unsound"]) or "none"
@@ -235,7 +235,8 @@ def markdown(answers: Sequence[Answer], versions: Mapping[str, str]) -> str:
         "the heads, a quarter of the experts at once. Seconds are of the CPU: of a bare `torch.export`, which comes",
         "second, and of the analysis, that is trace and groups.",
         "",
-        f"- {counts['architectures']} architectures; {_share(counts['built'], counts['architectures'])} were built,",
+        f"- {counts['architectures']} of {total} architectures were measured;",
+        f"  {_share(counts['built'], counts['architectures'])} of those were built,",
         f"  {_share(counts['traced'], counts['built'])} of those traced,",
         f"  {_share(counts['sheared soundly in ffn and heads'], counts['traced'])} of those sheared soundly in channels"
         " and, where there is attention, heads",
@@ -293,7 +294,7 @@ def main(
         raise typer.Exit(130) from None
     answers = [answer for n in everything if (answer := store.get(n)) is not None]
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "coverage.md").write_text(markdown(answers, store.versions), encoding="utf-8")
+    (docs / "coverage.md").write_text(markdown(answers, store.versions, len(everything)), encoding="utf-8")
     document = {"versions": store.versions, "summary": summary(answers), "architectures": answers}
     (docs / "coverage.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     console.print_json(data=summary(answers))

@@ -183,6 +183,7 @@ class Road:
                 return None
 
         program, traced = timed(lambda: sir.trace(model))
+        found: Groups
         found, grouped = timed(lambda: sir.groups(program))
         # After ours, so that what the first export of a class pays for makes the ratio no better than it is.
         export = bare()
