@@ -168,3 +168,12 @@ def test_training_cannot_make_an_expert_one_that_is_never_routed_to() -> None:
     optimizer = torch.optim.SGD(found.model.parameters(), lr=0.1)
     with pytest.raises(sir.PlanError, match="e0 counts experts: zero weights do not say"):
         LHSPG(optimizer, found.model, found.groups, {"e0": 2})
+
+
+def test_experts_and_whole_blocks_go_together() -> None:
+    found = family("mixtral")
+    (block,) = (g for g in found.groups if g.kind == "mlp_block")
+    plan = found.without({g: [1, 4] for g in found.able("expert")} | {block: [0]})
+    # The router of a block that is gone scores nothing any more.
+    assert list(plan.routers) == ["model.layers.1.mlp.gate.weight"]
+    assert found.report(found.graph(plan), plan).sound

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.never_routed import routing
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.manager import AnalysisManager
@@ -38,7 +39,8 @@ def run_masked(model: nn.Module, cuts: Sequence[Cut], feed: Inputs) -> tuple[Ten
     groups = AnalysisManager(program).get(FindGroups())
     masks_of(groups, block_cuts(cuts))
     branches = {(node, place) for unit in groups.units(cuts) for block in unit.blocks for node, place in block.branches}
-    return tuple(graph_module(_silenced(program, branches), tensors_of(model))(**feed))
+    with routing(model):
+        return tuple(graph_module(_silenced(program, branches), tensors_of(model))(**feed))
 
 
 def _silenced(program: Program, branches: set[tuple[fx.Node, int]]) -> Program:

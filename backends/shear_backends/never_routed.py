@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shear_ir.axes import Indices
 
 aten = torch.ops.aten
+
+_MATRICES = "_never_routed"
 
 _FACTORS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.default: (1, 2), aten.baddbmm.default: (1, 2)}
 """Products, with the places of their factors."""
@@ -54,6 +57,13 @@ def _wrap(model: nn.Module, matrices: list[tuple[Tensor, Tensor]]) -> None:
 
     # On the instance, where modules look before they look at their class.
     object.__setattr__(model, "forward", never_routed)
+    object.__setattr__(model, _MATRICES, matrices)
+
+
+def routing(model: nn.Module) -> AbstractContextManager[Any]:
+    """What is on while ``forward`` of such a model runs, for a graph of it, which a trace makes without it."""
+    matrices = vars(model).get(_MATRICES)
+    return _NeverRouted(matrices) if matrices else nullcontext()
 
 
 class _NeverRouted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no annotations
