@@ -31,7 +31,7 @@ from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
 from shear_ir.frontend.load import load_model
 from shear_ir.manager import AnalysisManager
-from shear_ir.plans import Plan
+from shear_ir.plans import Costs, Plan
 from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.analysis.cost import MeasureCosts
@@ -218,6 +218,11 @@ def _without_layers(model: nn.Module | None, found: Groups, depth: Plan) -> nn.M
         return without_layers(model, depth)[0]
     except ShearingError:
         return None
+
+
+def dense_costs(program: Program) -> Costs:
+    """What ``program`` takes as it is."""
+    return analyses(program).get(MeasureCosts()).now
 
 
 def scores(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from shear_ir.frontend.base import has_adapters
 from shear_ir.frontend.inputs import as_inputs, example_inputs
 from shear_ir.pipeline import analyses, groups, planned_program, trace
 from shear_ir.plans import Plan
+from shear_ir.program import Program
 from shear_passes.analysis.consumers import FindConsumers
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.importance.base import collect
@@ -43,21 +44,30 @@ def repair(
     alone stays bit for bit. Raises ``PlanError`` for a plan of another model, adapters that are not merged, and
     repairs that the model has no room for.
     """
-    if has_adapters(model):
-        raise PlanError("repair changes base weights, which adapters were trained on: merge them first (merge=True)")
-    wanted = [_named(each) for each in repairs] or [LeastSquares()]
+    _require_merged(model)
     program = planned_program(model, plan, inputs)
-    found = groups(program)
-    weights = _weights(model, found)
-    manager = prepared(
-        analyses(program), [], weights=weights, model=model, data=data, progress=progress
-    )  # fmt: skip
-    collect([each.statistics() for each in wanted], manager)
-    changed: dict[str, Tensor] = {}
-    for each in wanted:
-        statistics, consumers = manager.get(each.statistics()), manager.get(FindConsumers())
-        changed |= each.repaired({**weights, **changed}, found, plan, consumers, statistics)
-    return _with(model, changed)
+    return Repairs(model, program, [named(each) for each in repairs] or [LeastSquares()], data, progress)(plan)
+
+
+class Repairs:
+    """Repairs of one model, for any number of plans, by statistics of one pass over ``data``."""
+
+    def __init__(
+        self, model: nn.Module, program: Program, repairs: Sequence[Repair], data: Iterable[Any],
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.repairs, self.groups = model, repairs, groups(program)
+        self.manager = prepared(analyses(program), [], weights=None, model=model, data=data, progress=progress)
+        collect([each.statistics() for each in repairs], self.manager)
+
+    def __call__(self, plan: Plan) -> nn.Module:
+        """A copy of the model, repaired for ``plan``."""
+        weights, changed = _weights(self.model, self.groups), dict[str, Tensor]()
+        consumers = self.manager.get(FindConsumers())
+        for each in self.repairs:
+            statistics = self.manager.get(each.statistics())
+            changed |= each.repaired({**weights, **changed}, self.groups, plan, consumers, statistics)
+        return _with(self.model, changed)
 
 
 def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:
@@ -66,8 +76,7 @@ def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:
     The same function in another architecture, which its config class has to have a switch for (Llama: attention_bias,
     mlp_bias). Make the plan for that copy. Raises ``PlanError`` where there is no such switch.
     """
-    if has_adapters(model):
-        raise PlanError("biases are given to a base alone: merge the adapters first")
+    _require_merged(model)
     found = groups(trace(model, inputs))
     consumers = analyses(found.program).get(FindConsumers())
     reading = {c.parameter for g in found.prunable if g.kind in DEFAULT_KINDS for c in consumers.of(g)}
@@ -85,8 +94,7 @@ def rotate(
     values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",), importance="order"``. Stock
     classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
     """
-    if has_adapters(model):
-        raise PlanError("a rotation changes base weights, which adapters were trained on: merge them first")
+    _require_merged(model)
     if what == "heads":
         found = groups(trace(model, inputs))
         consumers = analyses(found.program).get(FindConsumers())
@@ -105,6 +113,11 @@ def rotate(
     consumers, statistics = manager.get(FindConsumers()), manager.get(ReadStatistics(gram=True))
     turned = rotated_stream(_weights(folded, found), found, principal_basis(found, consumers, statistics))
     return _checked(model, _with(folded, turned), inputs)
+
+
+def _require_merged(model: nn.Module) -> None:
+    if has_adapters(model):
+        raise PlanError("base weights would change, which the adapters were trained on: merge them first (merge=True)")
 
 
 def _weights(model: nn.Module, found: Groups) -> dict[str, Tensor]:
@@ -127,7 +140,8 @@ def _checked(model: nn.Module, rotated: nn.Module, inputs: Any) -> nn.Module:
     return rotated
 
 
-def _named(wanted: Repair | str) -> Repair:
+def named(wanted: Repair | str) -> Repair:
+    """A repair by its name; raises ``PlanError`` where there is none."""
     if isinstance(wanted, Repair):
         return wanted
     if wanted not in REPAIRS:

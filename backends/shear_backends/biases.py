@@ -35,14 +35,14 @@ def with_biases(model: nn.Module, weights: Collection[str]) -> nn.Module:
         raise PlanError(
             f"the config of {type(model).__name__} has no switch that gives {missing[0].removesuffix('.bias')} a bias"
         )
-    made = copy.deepcopy(model)
+    made: Any = copy.deepcopy(model)
     made.config = config
     for name, shape in added.items():
         owner, _, leaf = name.rpartition(".")
         module = made.get_submodule(owner)
         like = next(module.parameters())
         setattr(module, leaf, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
-    return made
+    return made  # type: ignore[no-any-return]
 
 
 def _bias(weight: str) -> str:

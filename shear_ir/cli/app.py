@@ -18,6 +18,7 @@ from shear_ir.cli.opt import opt
 from shear_ir.cli.project import project
 from shear_ir.cli.prune import prune
 from shear_ir.cli.recover import recover
+from shear_ir.cli.sweep import sweep
 from shear_ir.cli.verify import verify
 from shear_ir.cli.visualize import visualize
 
@@ -43,6 +44,7 @@ _EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
         "Train a smaller model on what it forgot.",
         "./my-llama-small --dense ./my-llama --data data.yaml -o ./my-llama-recovered",
     ),
+    sweep: ("Try several ratios and criteria.", "./my-llama --data data.yaml --importance flap --importance taylor"),
     eval: ("Measure a model on held-out text and tasks.", "./my-llama-small --data data.yaml"),
     project: ("Cut an adapter for a smaller base.", "./my-adapter --plan ./my-llama-small -o ./my-adapter-small"),
 }

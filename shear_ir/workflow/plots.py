@@ -11,6 +11,7 @@ from shear_ir.errors import SaveError
 from shear_ir.plans import Plan
 from shear_ir.training.evaluate import Loss
 from shear_ir.training.knowledge import Knowledge
+from shear_ir.workflow.sweep import Sweep
 
 # One colour per kind, those that people with any colour sight can tell apart (Okabe and Ito).
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -66,6 +67,26 @@ def plot_losses(losses: Mapping[str, Mapping[str, Loss]], path: Path) -> None:
     axes.set_ylabel("NLL, nats per token")
     axes.set_title("Loss on held-out text")
     axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_sweep(made: Sweep, path: Path) -> None:
+    """A line per way to prune: the mean loss over the share of the parameters that is left."""
+    figure, axes = _figure(14)
+    assert made.dense.costs is not None
+    whole = made.dense.costs.parameters
+    for number, label in enumerate(dict.fromkeys(p.trial.label for p in made.points)):
+        mine = sorted(
+            (p.costs.parameters / whole, p.nll) for p in made.points if p.trial.label == label and p.costs is not None
+        )
+        dashed = "--" if number >= len(_COLOURS) else "-"
+        axes.plot(*zip(*mine, strict=True), marker="o", linestyle=dashed, color=_COLOURS[number % 6], label=label)
+    axes.axhline(made.dense.nll, color=_FROZEN, linewidth=0.8, linestyle=":", label="dense")
+    axes.invert_xaxis()
+    axes.set_xlabel("share of the parameters that is left")
+    axes.set_ylabel("NLL, nats per token")
+    axes.set_title("Loss on held-out text, without training")
+    axes.legend(frameon=False, fontsize=8)
     _write(figure, path)
 
 

@@ -72,7 +72,7 @@ def principal_basis(groups: Groups, consumers: Consumers, statistics: Calibratio
     seen = {id(m): m for c in consumers.of(group) if c in statistics for m in [statistics[c]]}
     grams = [m.gram / m.count for m in seen.values() if m.gram is not None]
     total = torch.stack([g.double().cpu() for g in grams]).sum(0)
-    _, vectors = torch.linalg.eigh(total)
+    vectors: Tensor = torch.linalg.eigh(total).eigenvectors
     return vectors.flip(-1)
 
 

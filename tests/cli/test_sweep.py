@@ -1,0 +1,30 @@
+"""``shear-ir sweep``: a table, a picture, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Shear
+from tests.workflow.tiny import write_data, write_model
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    write_model(folder / "dense")
+    write_data(folder)
+    return folder
+
+
+def test_the_command_line_prints_a_table_and_draws(shear: Shear, place: Path, tmp_path: Path) -> None:
+    asked = ("sweep", place / "dense", "--data", place / "data.yaml", "--samples", "4", "--device", "cpu")
+    ran = shear(*asked, "--ratio", "0.3", "--importance", "magnitude", "--repair", "none", "--plot", tmp_path / "a.svg")
+    assert ran.code == 0
+    assert "magnitude" in ran.out
+    assert (tmp_path / "a.svg").is_file()
+    said = "a ratio is a share of the parameters between 0 and 1, not 1.3"
+    assert said in shear(*asked, "--ratio", "1.3").sentence
+    assert "there is no allocation 'fair'; there are uniform" in shear(*asked, "--allocation", "fair").sentence
+    assert "there is no repair 'glue'; there are least-squares" in shear(*asked, "--repair", "glue").sentence
