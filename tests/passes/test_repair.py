@@ -116,6 +116,28 @@ def test_what_others_say_already_is_no_loss() -> None:
     assert not torch.allclose(sir.shear(model, plan, inputs=torch.randn(2, 3, 5))(x), model(x), atol=1e-2)
 
 
+class Tied(nn.Module):
+    """Its head reads with the table that its tokens come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.down = nn.Embedding(13, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(self.table(ids)))) @ self.table.weight.T
+
+
+def test_a_table_that_tokens_come_from_as_well_stays_as_it_is() -> None:
+    model, data = Tied().eval(), [torch.randint(13, (4, 7)) for _ in range(2)]
+    program = sir.trace(model, data[0])
+    group = next(g for g in sir.groups(program) if g.size == 6)
+    plan = build_plan(sir.groups(program), sir.analyses(program).get(MeasureCosts()), {group: np.arange(4)})
+    repaired = sir.repair(model, plan, data=data, inputs=data[0])
+    changed = {n for n, p in repaired.named_parameters() if not torch.equal(p, model.get_parameter(n))}
+    assert changed == {"up.weight", "up.bias"}
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [

@@ -29,7 +29,7 @@ class Consumer:
     that of all of its channels; ``axes``: the atoms that the sum runs over. ``sources``: names of the values that are
     read; ``feature``: the place of their features, counted from the back. ``groups``: those of a convolution.
     ``modules``: paths of the modules that own the parameter and take a source as their input; None where some read
-    is not of that form.
+    is not of that form. ``sole``: nothing else is done with the parameter, as with an embedding tied to its head.
     """
 
     parameter: str
@@ -40,6 +40,7 @@ class Consumer:
     feature: int
     groups: int = 1
     modules: frozenset[str] | None = frozenset()
+    sole: bool = True
 
     @property
     def key(self) -> Key:
@@ -89,10 +90,23 @@ class FindConsumers(Analysis[Consumers]):
         """Linear in the number of contractions."""
         axes = analyses.get(InferAxes())
         found: dict[Key, Consumer] = {}
-        for read in _reads(program, axes):
+        readers: dict[Key, set[fx.Node]] = {}
+        for node, read in _reads(program, axes):
             known = found.get(read.key)
             found[read.key] = read if known is None else _joined(known, read)
-        return Consumers(found)
+            readers.setdefault(read.key, set()).add(node)
+        return Consumers({k: replace(c, sole=_uses(program, axes, k[0]) <= readers[k]) for k, c in found.items()})
+
+
+def _uses(program: Program, axes: Axes, name: str) -> set[fx.Node]:
+    """The calls that do something with a parameter, but for views of it."""
+    found: set[fx.Node] = set()
+    stack = [program.placeholder_of[name]]
+    while stack:
+        for user in stack.pop().users:
+            moved = axes.vanish.get(user.name) is Vanish.MOVED
+            (stack.append if moved else found.add)(user)
+    return found
 
 
 def _joined(a: Consumer, b: Consumer) -> Consumer:
@@ -112,7 +126,7 @@ class _Product:
     groups: int = 1
 
 
-def _reads(program: Program, axes: Axes) -> Iterator[Consumer]:
+def _reads(program: Program, axes: Axes) -> Iterator[tuple[fx.Node, Consumer]]:
     for node in dict.fromkeys(made.node for made in axes.contractions):
         for form in _forms(axes, node):
             value, weight = node.args[form.value], node.args[form.weight]
@@ -128,7 +142,8 @@ def _reads(program: Program, axes: Axes) -> Iterator[Consumer]:
             features = axes.dims(value)[form.feature]
             mine = over & frozenset(atoms(axes.of_param[param.name][dim]))
             paths = None if inside else _paths(param, module_path(node))
-            yield Consumer(param.name, dim, features, mine, frozenset({source}), form.feature, form.groups, paths)
+            read = Consumer(param.name, dim, features, mine, frozenset({source}), form.feature, form.groups, paths)
+            yield node, read
 
 
 def _forms(axes: Axes, node: fx.Node) -> list[_Product]:

@@ -46,6 +46,8 @@ class LeastSquares(Repair):
         current: Mapping[str, Tensor] = ChainMap(found, dict(weights))
         solved: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
         for loss in losses(groups, plan, consumers, statistics):
+            if not loss.consumer.sole:  # an embedding that is tied to it would change as well
+                continue
             # Consumers of the same values, such as gate and up, share one regression.
             key = id(loss.moments), bool(loss.bias)
             if key not in solved:
