@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -87,7 +87,8 @@ class Program:
     ``of_placeholder`` maps a placeholder to its Param. ``constants`` holds the small tensors the trace lifted.
     ``caches``: whether the model keeps keys and values per generated token. ``dynamic``: whether batch and length
     stayed symbolic, so that the graph runs at other sizes; ``fixed``: inputs by name with the dims that did not,
-    because the model's forward takes their size as a number.
+    because the model's forward takes their size as a number. ``guard`` takes the inputs and raises ``AssertionError``
+    for sizes at which the model's forward would take another way than the one that was traced.
     """
 
     graph: fx.Graph
@@ -99,6 +100,7 @@ class Program:
     caches: bool = False
     dynamic: bool = False
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    guard: Callable[..., object] | None = None
     owner: str = "model"
 
     # The two methods that ask for what lies above this layer find it by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +44,34 @@ class _Sizes:
 
     names: tuple[str, ...]
     fixed: dict[str, dict[int, int]]
+    guard: Callable[..., object] | None = None
 
     @classmethod
     def of(cls, program: Program) -> _Sizes:
         """The sizes that are fixed in the graph of ``program``."""
         shapes = {name: program.types[name][0].shape for name in program.inputs}
-        return cls(program.inputs, {n: {d: shapes[n][d] for d in dims} for n, dims in program.fixed.items()})
+        fixed = {n: {d: shapes[n][d] for d in dims} for n, dims in program.fixed.items()}
+        return cls(program.inputs, fixed, program.guard)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for name, value in (*zip(self.names, args, strict=False), *kwargs.items()):
+        given = dict((*zip(self.names, args, strict=False), *kwargs.items()))
+        for name, value in given.items():
             for dim, size in self.fixed.get(name, {}).items():
                 if value.shape[dim] != size:
                     raise ShearingError(
                         f"{name} has size {value.shape[dim]} in dim {dim}, but the graph runs at {size} alone, "
                         "the size it was traced with: use the module backend, or trace with inputs of that size"
                     )
+        if self.guard is None or any(name not in given for name in self.names):
+            return
+        try:
+            self.guard(*(given[name] for name in self.names))
+        except AssertionError as failure:
+            shapes = ", ".join(f"{name} {tuple(given[name].shape)}" for name in self.names)
+            raise ShearingError(
+                f"at these sizes ({shapes}) the model takes another way than the one that was traced "
+                f"({str(failure).splitlines()[0]}): use the module backend, or trace with inputs of such sizes"
+            ) from failure
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

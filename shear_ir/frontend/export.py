@@ -236,6 +236,8 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
         caches=bool(getattr(config, "use_cache", False)),
         dynamic=dynamic,
         fixed=fixed,
+        # What torch's own module for the program asks of its inputs before it runs.
+        guard=getattr(exported.module(), "_guards_fn", None) if dynamic else None,
         owner=type(model).__name__,
     )
 

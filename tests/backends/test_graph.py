@@ -41,3 +41,25 @@ def test_a_length_that_forward_counts_is_said_to_be_fixed(graph: nn.Module, name
     said = "x has size 8 in dim 1, but the graph runs at 7 alone, the size it was traced with: use the module backend"
     with pytest.raises(sir.ShearingError, match=said):
         graph(x=longer) if named else graph(longer)
+
+
+class Longer(nn.Module):
+    """An MLP that takes another way beyond eight positions; the trace is of the one way alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 10)
+        self.outer = nn.Linear(10, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.inner(x))
+        return self.outer(inner.cumsum(1) if x.shape[1] > 8 else inner)
+
+
+def test_a_length_at_which_forward_takes_another_way_is_refused_and_not_computed_wrongly() -> None:
+    model = Longer().eval()
+    plan = sir.plan(sir.trace(model, torch.randn(3, 7, 12)), ratio=0.2, kinds=("ffn",))
+    graph = sir.shear(model, plan, backend="graph", inputs=torch.randn(3, 7, 12))
+    assert graph(torch.randn(2, 5, 12))[0].shape == (2, 5, 9)
+    with pytest.raises(sir.ShearingError, match=r"at these sizes \(x \(2, 11, 12\)\) the model takes another way"):
+        graph(torch.randn(2, 11, 12))
