@@ -136,7 +136,10 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
     for name, value in values.items():
         path = (*at, name)
         if isinstance(value, dict):
-            if name not in ("id2label", "label2id", "rope_parameters", "rope_scaling"):
+            if value and all(str(key).isdigit() for key in value) and name != "id2label":
+                layers = len(places) or 2
+                yield Knob(path, "layers", value, {key: v for key, v in value.items() if int(key) < layers})
+            elif name not in ("id2label", "label2id", "rope_parameters", "rope_scaling"):
                 yield from _knobs(value, path)
         elif name in lists:
             yield Knob(path, "layers", value, [_entry(name, value[place], vocabulary) for place in places])
