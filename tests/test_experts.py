@@ -177,3 +177,14 @@ def test_experts_and_whole_blocks_go_together() -> None:
     # The router of a block that is gone scores nothing any more.
     assert list(plan.routers) == ["model.layers.1.mlp.gate.weight"]
     assert found.report(found.graph(plan), plan).sound
+
+
+def test_a_layer_that_fills_a_buffer_for_its_queries_can_go() -> None:
+    found = family("deepseek_v3")
+    (block,) = (g for g in found.groups if g.kind == "block")
+    plan = found.without({block: [1]})
+    hook = found.model.get_submodule("model.layers.1").register_forward_hook(lambda module, args, output: args[0])
+    expected = outputs(found.model, found.feed)
+    hook.remove()
+    (logits,), (wanted,) = outputs(found.graph(plan), found.feed), expected
+    assert torch.allclose(logits, wanted, atol=1e-5)

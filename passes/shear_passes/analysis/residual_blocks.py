@@ -8,27 +8,21 @@ post-dominator tree. Without the block the readers of y read x, which is what th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import fx
 
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.program import Program, operands
+from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import InferAxes
+from shear_passes.analysis.memory import SAME, memory_of
 from shear_passes.analysis.roles import attention_products
 from shear_passes.analysis.vanish import FindZeros
 from shear_passes.rules.registry import op_name
 
 _ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
-# What gives back its first operand when the type stays: copies, casts, dropout in evaluation.
-_SAME = frozenset(
-    f"aten.{name}"
-    for name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "clone", "contiguous", "alias", "detach",
-                 "to.dtype", "to.dtype_layout", "to.device", "to.other", "_to_copy", "lift_fresh", "lift_fresh_copy")
-)  # fmt: skip
 # Applied twice these are what they are once, so a sum of nothing to one of their results changes nothing.
 _IDEMPOTENT = frozenset(f"aten.{name}" for name in ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp_min"))
 _SINK = "output"
@@ -75,8 +69,15 @@ class _Finder:
         self.maps = maps
         self.products = products
         self.place = {node: i for i, node in enumerate(program.nodes)}
-        self.after = _post_dominators(program)
-        self.written = _written(program)
+        self.memory = memory_of(program)
+        self.after = _post_dominators(self.memory.sources)
+        self.shared: dict[fx.Node, list[fx.Node]] = {}
+        for node, made in self.memory.home.items():
+            self.shared.setdefault(made, []).append(node)
+        self.readers: dict[fx.Node, list[fx.Node]] = {}
+        for node, read in self.memory.sources.items():
+            for source in read:
+                self.readers.setdefault(source, []).append(node)
 
     def run(self) -> Iterator[Block]:
         for node in self.program.calls():
@@ -96,7 +97,7 @@ class _Finder:
             entry, same = self._stripped(node.args[skip])
             over = (*passed, node, *same)
             region = self._region(entry, branches, over)
-            if region is not None:
+            if region is not None and self._owns(region):
                 yield self._block(entry, branches, region)
             elif left > 1 and op_name(entry) in _ADDS:
                 yield from self._at(entry, branches, over, left - 1)
@@ -129,15 +130,20 @@ class _Finder:
             node = stack.pop()
             if node not in seen:
                 seen.add(node)
-                stack += [n for n in node.all_input_nodes if self.place[n] > first]
+                stack += [n for n in self.memory.sources[node] if self.place[n] > first]
         mapped: dict[fx.Node, bool] = {entry: False}
         for node in sorted(seen, key=self.place.__getitem__):
-            sources = [n for n in node.all_input_nodes if n in mapped and self._carries(n)]
+            sources = [n for n in self.memory.sources[node] if n in mapped and self._carries(n)]
             if sources:
                 mapped[node] = node in self.maps or any(mapped[n] for n in sources)
         if not all(mapped.get(t, False) for t in tails):  # type: ignore[arg-type]
             return None
         return frozenset({*mapped, *over} - {entry})
+
+    def _owns(self, region: frozenset[fx.Node]) -> bool:
+        """Whether some parameter is read there: without one there is nothing to remove."""
+        params = (self.program.param(n) for node in region for n in node.all_input_nodes if n.op == "placeholder")
+        return any(param is not None and param.kind == "parameter" for param in params)
 
     def _carries(self, node: fx.Node) -> bool:
         """Whether a node is a tensor, and no size of one."""
@@ -149,15 +155,15 @@ class _Finder:
         if after is not None:
             exit_, region = after, region | {after}
         mapping = [node for node in region if node in self.maps]
-        return Block(
+        block = Block(
             entry=entry,
             exit=exit_,
             branches=tuple(branches),
             region=region,
             path=_common([_paths(node) for node in mapping]),
             attention=any(node in self.products for node in mapping),
-            reason=self._leaving(region, exit_) or self._writing(entry, exit_, region),
         )
+        return replace(block, reason=self._leaving(region, exit_) or self._writing(block))
 
     def _idempotent(self, entry: fx.Node, total: fx.Node) -> fx.Node | None:
         """The reader of the sum, where it does to the sum what was done to the entry already: relu(x + f(x))."""
@@ -173,33 +179,41 @@ class _Finder:
         if all(self.after.get(node) in region for node in region if node is not exit_):
             return ""
         for node in sorted(region - {exit_}, key=self.place.__getitem__):
-            for user in node.users:
+            for user in self.readers.get(node, ()):
                 if user not in region:
                     return f"%{node.name} leaves the block: %{user.name} = {op_name(user)} reads it"
-        return "a value of the block is read nowhere, so it writes in place"
+        return "a value of the block is read nowhere"
 
-    def _writing(self, entry: fx.Node, exit_: fx.Node, region: frozenset[fx.Node]) -> str:
-        """What is written in place across the border of the region, as a sentence; empty when nothing is."""
-        elsewhere = any(user not in region for user in entry.users)
-        for writer, target in self.written:
+    def _writing(self, block: Block) -> str:
+        """What is written in place across the border of the block, as a sentence; empty when nothing is."""
+        home, entry, exit_ = self.memory.home, block.entry, block.exit
+        # Where the block adds to its stream in place, what is written later is written to the same stream without it.
+        in_place = home[entry] is home[exit_]
+        elsewhere = any(user not in block.region for user in entry.users)
+        # Of nothing, a sum in place changes nothing.
+        sums = {exit_, *(node for node, _ in block.branches)}
+        for writer, target in self.memory.writes:
             said = f"%{writer.name} = {op_name(writer)} writes in place to"
-            if writer in region:
-                if target not in region and writer is not exit_ and not self._summed(writer, target):
+            if writer in block.region:
+                if writer not in sums and not self._private(home[target], block):
                     return f"{said} %{target.name}, from outside of the block"
-            elif target is entry and self.place[writer] > self.place[entry]:
+            elif home[target] is home[entry] and not in_place and self.place[writer] > self.place[entry]:
                 return f"{said} %{target.name}, which the block starts from"
-            elif target is exit_ and elsewhere:
+            elif home[target] is home[exit_] and not in_place and elsewhere:
                 return f"{said} what the block leaves, and others read what it starts from"
         return ""
 
-    def _summed(self, writer: fx.Node, target: fx.Node) -> bool:
-        """Whether a write only adds the branch to the stream: of nothing it changes nothing."""
-        return op_name(writer) == "aten.add_.Tensor" and self._stripped(writer.args[0])[0] is target
+    def _private(self, made: fx.Node, block: Block) -> bool:
+        """Whether only the block reads what lies in a memory, up to where it ends."""
+        last = self.place[block.exit]
+        values = [node for node in self.shared[made] if self.place[node] < last]
+        inside = {*values, *block.region}
+        return made.op != "placeholder" and all(user in inside for value in values for user in value.users)
 
 
 def unchanged(program: Program, node: fx.Node) -> bool:
     """Whether a call gives back its first operand as it is."""
-    source = node.args[0] if op_name(node) in _SAME else None
+    source = node.args[0] if op_name(node) in SAME else None
     if not isinstance(source, fx.Node) or program.type(node) != program.type(source):
         return False
     return "dropout" not in op_name(node) or node.args[2] is False
@@ -219,37 +233,14 @@ def dead_with(blocks: Iterable[Block]) -> set[fx.Node]:
     return dead
 
 
-def _post_dominators(program: Program) -> Mapping[fx.Node, Any]:
+def _post_dominators(sources: Mapping[fx.Node, Sequence[fx.Node]]) -> Mapping[fx.Node, Any]:
     """Each node's immediate post-dominator: the first node on all of its ways to the outputs."""
     flow: nx.DiGraph[Any] = nx.DiGraph()
     flow.add_node(_SINK)
-    for node in program.nodes:
-        for source in node.all_input_nodes:
+    for node, read in sources.items():
+        for source in read:
             flow.add_edge(_SINK if node.op == "output" else node, source)
     return nx.immediate_dominators(flow, _SINK)
-
-
-def _written(program: Program) -> list[tuple[fx.Node, fx.Node]]:
-    """Calls that write in place, each with every value whose memory it may write to."""
-    found: list[tuple[fx.Node, fx.Node]] = []
-    for node in program.calls():
-        if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
-            continue
-        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.is_write and isinstance(value, fx.Node):
-                found += [(node, base) for base in _bases(value)]
-    return found
-
-
-def _bases(node: fx.Node) -> Iterator[fx.Node]:
-    """``node`` and the values whose memory it may share."""
-    yield node
-    while isinstance(node.target, torch._ops.OpOverload) and operands(node):
-        shares = [r.alias_info for r in node.target._schema.returns]
-        if not any(shares) and op_name(node) not in _SAME and "reshape" not in op_name(node):
-            return
-        node = operands(node)[0]
-        yield node
 
 
 def _paths(node: fx.Node) -> tuple[str, ...]:

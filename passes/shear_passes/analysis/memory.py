@@ -1,0 +1,69 @@
+"""Values that lie in the same memory: which calls write to which values, and who reads what was written."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from shear_ir.program import Program, operands
+from shear_passes.rules.registry import op_name
+
+_NO_COPIES = frozenset(
+    f"aten.{name}"
+    for name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "contiguous", "alias", "detach",
+                 "to.dtype", "to.dtype_layout", "to.device", "to.other", "lift_fresh")
+)  # fmt: skip
+# What gives back its first operand when the type stays: copies, casts, dropout in evaluation.
+SAME = _NO_COPIES | {"aten.clone", "aten._to_copy", "aten.lift_fresh_copy"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """``home``: of each value, the one that made the memory that it may lie in. ``writes``: calls that write in place
+    and the values they write to. ``sources``: what each node depends on, by its operands and by what was written to
+    their memory before.
+    """
+
+    home: Mapping[fx.Node, fx.Node]
+    writes: tuple[tuple[fx.Node, fx.Node], ...]
+    sources: Mapping[fx.Node, list[fx.Node]]
+
+
+def memory_of(program: Program) -> Memory:
+    """One walk, linear in the number of nodes: of the calls that write to a memory each depends on the one before."""
+    home: dict[fx.Node, fx.Node] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    writes: list[tuple[fx.Node, fx.Node]] = []
+    sources: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.nodes:
+        read = node.all_input_nodes
+        sources[node] = list(dict.fromkeys([*read, *(last[home[n]] for n in read if home[n] in last)]))
+        home[node] = home[operands(node)[0]] if operands(node) and _may_share(node) else node
+        for target in _targets(node):
+            last[home[target]] = node
+            writes.append((node, target))
+    return Memory(home, tuple(writes), sources)
+
+
+def _may_share(node: fx.Node) -> bool:
+    """Whether a value may lie in the memory of its first operand: a view, an item of views, or what may be no copy."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    shares = any(r.alias_info for r in node.target._schema.returns)
+    return shares or op_name(node) in _NO_COPIES or "reshape" in op_name(node)
+
+
+def _targets(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a call writes to, as its schema says."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+        return
+    for place, argument in enumerate(node.target._schema.arguments):
+        value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+        if argument.is_write and isinstance(value, fx.Node):
+            yield value
