@@ -82,6 +82,8 @@ def test_what_cannot_be_rotated_says_why() -> None:
         sir.rotate(build("gemma2"), "residual", data=batches(1))
     with pytest.raises(PlanError, match="MixtralForCausalLM cannot be rotated: something between its products"):
         sir.rotate(build("mixtral"), "residual", data=batches(1))
+    with pytest.raises(PlanError, match="there are no values of heads to rotate"):
+        sir.rotate(build("bloom"), "heads")  # one axis holds the channels of queries, keys and values
     with pytest.raises(PlanError, match="pass data=batches"):
         sir.rotate(build("llama_gqa"), "residual")
     with pytest.raises(PlanError, match="there is no rotation 'hands'; there are residual and heads"):

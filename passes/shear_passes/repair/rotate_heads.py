@@ -41,8 +41,10 @@ def _rotated(weights: Mapping[str, Tensor], groups: Groups, group: Group, consum
     if len(matrices) != 1 or len(read) != 1 or not plain:
         return {}
     (maker,), (reader,) = matrices, read
-    rows = _places(maker)
-    columns = _places(reader).reshape(rows.shape[0], -1, group.size)
+    rows, columns = _places(maker), _places(reader)
+    if len(columns) % len(rows):  # the same channels are those of queries and keys too, which have no such basis
+        return {}
+    columns = columns.reshape(len(rows), -1, group.size)
     value = weights[maker.parameter].detach().movedim(maker.dim, 0).double()
     output = weights[reader.parameter].detach().movedim(reader.dim, 0).double()
     turns, back = _bases(value[rows], output[columns])
