@@ -3,6 +3,7 @@
     python tools/bench/quality.py                                 # everything, resumable: about an hour on two cores
     python tools/bench/quality.py --ratio 0.2 --seed 0 --seed 1   # a part
     python tools/bench/quality.py --quick                         # a few steps of each, to see that it works
+    python tools/bench/quality.py --table criteria                # without training: see tools/bench/criteria.py
 
 For each ratio and seed, on held-out text of each domain: the dense model; pruned by magnitude without training; by
 LHSPG; after recovery stage 1 and 2 (all of these by ``shear-ir lorashear``); magnitude with the same recovery;
@@ -25,12 +26,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 MODEL = ROOT / "tools" / "assets" / "tiny-llama"
 DOMAINS = ("code", "docs", "topics")
 """The sources that are compared; the instructions are made of the same texts, so their loss counts nowhere."""
@@ -305,11 +307,14 @@ def main(
     recipe: Annotated[Path, typer.Option(help="The options of the stages.")] = MODEL / "recipe.yaml",
     out: Annotated[Path, typer.Option(help="Where results and finished parts go.")] = ROOT / "out" / "quality",
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    table: Annotated[Literal["lorashear", "criteria"], typer.Option(help="What is measured.")] = "lorashear",
     quick: Annotated[bool, typer.Option("--quick", help="A few steps of each.")] = False,
     one: Annotated[bool, typer.Option("--one", hidden=True)] = False,
 ) -> None:
     """Measure all variants and write the table; parts that are done are not done again."""
     ratios, seeds = tuple(ratio or RATIOS), tuple(seed or SEEDS)
+    if table == "criteria":
+        return _criteria(seeds, out, jobs, one)
     if one:
         folder = out / f"{ratios[0]:g}-{seeds[0]}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,13 +325,42 @@ def main(
     if quick:
         recipe = _quick(recipe, out)
     wanted = [(r, s) for s in seeds for r in ratios]
-    _run_all([w for w in wanted if not (out / f"{w[0]:g}-{w[1]}" / "run.json").is_file()], recipe, out, jobs)
+    parts = {
+        f"{r:g}-{s}": ["--ratio", f"{r:g}", "--seed", str(s), "--recipe", str(recipe)]
+        for r, s in wanted
+        if not (out / f"{r:g}-{s}" / "run.json").is_file()
+    }
+    _run_all(parts, out, jobs)
     runs = [json.loads((out / f"{r:g}-{s}" / "run.json").read_text()) for r, s in wanted]
     rows = summary(runs)
     text = markdown(runs, _options())
     (out / "quality.json").write_text(json.dumps({"runs": runs, "summary": rows, "verdicts": verdicts(runs)}, indent=1))
     (out / "quality.md").write_text(text)
     plot(rows, out / "quality.svg")
+    print(text)
+    console.print(f"wrote {out}")
+
+
+def _criteria(seeds: Sequence[int], out: Path, jobs: int, one: bool) -> None:
+    from tools.bench import criteria
+
+    if one:
+        folder = out / f"criteria-{seeds[0]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(criteria.run(seeds[0], folder), indent=1))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    parts = {
+        f"criteria-{s}": ["--table", "criteria", "--seed", str(s)]
+        for s in seeds
+        if not (out / f"criteria-{s}" / "run.json").is_file()
+    }
+    _run_all(parts, out, jobs)
+    runs = [json.loads((out / f"criteria-{s}" / "run.json").read_text()) for s in seeds]
+    text = criteria.markdown(runs, _options())
+    (out / "criteria.json").write_text(json.dumps({"runs": runs, "verdicts": criteria.verdicts(runs)}, indent=1))
+    (out / "criteria.md").write_text(text)
+    criteria.plot(runs, out / "criteria.svg")
     print(text)
     console.print(f"wrote {out}")
 
@@ -344,25 +378,25 @@ def _quick(recipe: Path, out: Path) -> Path:
     return path
 
 
-def _run_all(wanted: Sequence[tuple[float, int]], recipe: Path, out: Path, jobs: int) -> None:
-    waiting = list(wanted)
-    running: dict[tuple[float, int], subprocess.Popen[bytes]] = {}
+def _run_all(parts: Mapping[str, Sequence[str]], out: Path, jobs: int) -> None:
+    """Run every part, by name and arguments, in a process of its own."""
+    waiting = dict(parts)
+    running: dict[str, subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     while waiting or running:
         while waiting and len(running) < jobs:
-            r, s = part = waiting.pop(0)
-            log = (out / f"{r:g}-{s}.log").open("a")
-            command = [sys.executable, __file__, "--one", "--ratio", f"{r:g}", "--seed", str(s), "--out", str(out),
-                       "--recipe", str(recipe)]  # fmt: skip
+            part = next(iter(waiting))
+            log = (out / f"{part}.log").open("a")
+            command = [sys.executable, __file__, "--one", "--out", str(out), *waiting.pop(part)]
             running[part] = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            console.print(f"ratio {r:g}, seed {s}: started; its log is {log.name}")
+            console.print(f"{part}: started; its log is {log.name}")
         time.sleep(1)
         for part, process in list(running.items()):
             if process.poll() is not None:
                 del running[part]
                 if process.returncode:
-                    raise SystemExit(f"ratio {part[0]:g}, seed {part[1]} failed: see its log in {out}")
-                console.print(f"ratio {part[0]:g}, seed {part[1]}: done")
+                    raise SystemExit(f"{part} failed: see its log in {out}")
+                console.print(f"{part}: done")
 
 
 def _options() -> dict[str, Any]:
