@@ -52,7 +52,7 @@ COLUMNS = {
     "heads": ("kv_head", "query_group"),
     "experts": ("expert",),
 }
-LARGEST = 4_000_000
+LARGEST = 8_000_000
 SEARCH_SECONDS = 20.0
 
 
@@ -283,7 +283,7 @@ def noise(model: nn.Module, plan: Any) -> float:
             generator = torch.Generator().manual_seed(seed)
             moved = copy.deepcopy(reference)
             for parameter in moved.parameters():
-                parameter *= 1 + 2.0**-24 * torch.randn(parameter.shape, generator=generator)
+                parameter.mul_(1 + 2.0**-24 * torch.randn(parameter.shape, generator=generator))
             found.append(difference(expected, run(moved, feed)))
     return max(found)
 
@@ -312,7 +312,7 @@ def _saved(model: nn.Module, small: nn.Module) -> dict[str, Any]:
             same = all(torch.equal(a, b) for a, b in zip(run(small, feed), run(again.eval(), feed), strict=True))
             return {"reloaded": same, "stock": saved.stock, "stock_note": saved.note}
         except Exception as failure:
-            return {"reloaded": False, "reload_why": line(failure)}
+            return {"reloaded": False, "reload_why": line(failure).replace(f"{folder}/", "")}
 
 
 def warm() -> None:

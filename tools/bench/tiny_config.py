@@ -43,6 +43,7 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
         "experts": {
             r"num_experts_per_tok(en)?|moe_top_?k|num_selected_experts|moe_k|top_k(_experts)?|experts_top_k": 2,
             r"(moe_)?num_(local_)?experts|n_routed_experts|zero_expert_num": 8,
+            r"n_shared_experts|num_shared_experts": 1,
             r"n_group|num_expert_group": 2, r"topk_group": 1, r"expert_capacity": 64,
         },
         "ffn": {
@@ -147,6 +148,8 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
             yield from _of_list(path, value, len(places))
         elif value is None and (missing := _small(name, 0, vocabulary)) is not None and missing[0] in _MISSED:
             yield Knob(path, f"missing {missing[0]}", None, missing[1])
+        elif value is None and name in ("pad_token_id", "mask_token_id"):
+            yield Knob(path, "missing ids", None, _token(name, 0))
         elif name == "is_decoder" and value is False:
             yield Knob(path, "missing decoder", False, True)
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -215,6 +218,7 @@ def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
     yield _alike(given)
     yield {k.path: k.small for k in given if len(k.path) == 1}
     yield {k.path: k.small for k in (*given, *missing)}
+    yield _alike(given) | {k.path: k.small for k in missing}
     for family in dict.fromkeys(k.family for k in missing):
         yield {k.path: k.small for k in (*given, *(m for m in missing if m.family == family))}
     knobs = given
