@@ -214,6 +214,30 @@ def test_width_and_depth_go_together() -> None:
     assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
 
 
+def test_what_is_left_is_traced_and_run_at_the_sizes_of_the_whole() -> None:
+    # A batch of 5 would be the number of layers, but is free once there are four.
+    family = trace(randomised(_hub("LlamaForCausalLM", **_FOUR | {"num_hidden_layers": 5})()))
+    narrow = next(g for g in family.able("ffn"))
+    plan = family.without({group(family): [1], narrow: [0, 5]})
+    assert example_inputs(sir.shear(family.model, plan))["input_ids"].shape != family.feed["input_ids"].shape
+
+
+def test_the_length_of_a_list_may_say_how_many_layers_there_are(tmp_path: Path) -> None:
+    recipe = _hub(
+        "NemotronHForCausalLM", vocab_size=61, hidden_size=36, num_attention_heads=3, num_key_value_heads=3,
+        head_dim=14, intermediate_size=44, layers_block_type=["mlp", "full_attention", "mlp"],
+    )  # fmt: skip
+    family = trace(randomised(recipe()))
+    small: Any = sir.shear(family.model, family.without({group(family): [0]}))
+    assert (small.config.layers_block_type, small.config.num_attention_heads) == (["full_attention", "mlp"], 3)
+    assert sir.save(small, tmp_path / "shallow").stock
+    # Its config holds an infinite number, which a record keeps.
+    uneven = sir.shear(family.model, family.without({family.able("ffn")[0]: [7]}))
+    saved = sir.save(uneven, tmp_path / "uneven")
+    assert not saved.stock
+    assert same(outputs(sir.load(saved.path), family.feed), outputs(uneven, family.feed))
+
+
 def test_cuts_of_depth_and_width_one_after_the_other_are_one_plan(tmp_path: Path) -> None:
     family = deep("llama")
     first = sir.plan(family.program, blocks=("model.layers.1",))

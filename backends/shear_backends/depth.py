@@ -46,7 +46,7 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     if later.cuts:
         found = AnalysisManager(_traced(dropped, feed)).get(FindGroups())
         later = replace(later, digest=found.program.digest)
-        recipe = find_recipe(dropped, found, later, inputs)
+        recipe = find_recipe(dropped, found, later, feed)
     small = build(dropped, with_copies(dropped, cut_by_id(dropped, later.kept, recipe.norms)), recipe)
     return recorded(small, model, plan, recipe if exact else replace(recipe, config=None))
 

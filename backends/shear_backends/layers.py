@@ -129,19 +129,31 @@ def _changes(dense: nn.Module, target: Mapping[str, Any], lists: Lists) -> dict[
     for kept, count in ((kept, len(list(dense.get_submodule(up).children()))) for up, kept in lists.items()):
         fields = list(_values(dense.config))
         along = {f: [v[i] for i in kept] for f, v in fields if isinstance(v, list) and len(v) == count}
-        for field, value in fields:
-            if value == count and type(value) is int and field not in changes:
-                beside = {f: v for f, v in along.items() if f[:-1] == field[:-1]}
-                for more in ({field: len(kept), **beside}, {field: len(kept)}):
-                    missed = _missed(dense, {**changes, **more}, target)
-                    if missed is not None and (missing is None or missed < missing):
-                        changes, missing = {**changes, **more}, missed
-                        break
+        ways = [*_lengths(fields, count, len(kept), along), along]
+        # The best of them, and then what still has to go with it.
+        while missing != 0:
+            tried = [
+                (missed, more) for more in ways if (missed := _missed(dense, {**changes, **more}, target)) is not None
+            ]
+            best = min(tried, key=lambda found: found[0], default=None)
+            if best is None or (missing is not None and best[0] >= missing):
+                break
+            missing, changes = best[0], {**changes, **best[1]}
         for more in _counting(fields, kept, count) if missing else ():
             missed = _missed(dense, {**changes, **more}, target)
             if missed is not None and (missing is None or missed < missing):
                 changes, missing = {**changes, **more}, missed
     return changes
+
+
+def _lengths(
+    fields: Sequence[tuple[Field, Any]], count: int, left: int, along: Mapping[Field, Any]
+) -> Iterator[dict[Field, Any]]:
+    """Fields that may say how many layers there are, with the lists beside them and without."""
+    for field, value in fields:
+        if type(value) is int and value == count:
+            yield {field: left, **{f: v for f, v in along.items() if f[:-1] == field[:-1]}}
+            yield {field: left}
 
 
 def _counting(fields: Sequence[tuple[Field, Any]], kept: Sequence[int], count: int) -> Iterator[dict[Field, Any]]:

@@ -22,7 +22,7 @@ RECORD_FILE = "shear_ir.json"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
 class _NormDocument(_Strict):
