@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,6 +83,12 @@ def pointwise_entry(op: Any) -> Entry | None:
     if name in _SUMS:
         return Entry(pointwise, Vanish.ALL)
     return Entry(pointwise, Vanish.FIRST if name in _FIRST | _ZERO_TO_ZERO else Vanish.NEVER)
+
+
+@cache
+def is_pointwise(op: Any) -> bool:
+    """Whether the tag of an op, or its definition, calls it elementwise."""
+    return pointwise_entry(op) is not None
 
 
 @rule(
