@@ -1,4 +1,4 @@
-"""What random programs have found, each as the smallest module that shows it: all of them are sound now."""
+"""What random programs and hand-written divisors found, each as the smallest module that shows it: all are sound now."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.oracle.fuzz.check import Seen, check_model, double
+from tests.oracle.fuzz.check import Seen, check_model, check_quickly, double
+
+Check = Callable[[nn.Module, list[dict[str, Tensor]]], Seen]
 
 
-def sound(model: nn.Module, *shapes: tuple[int, ...]) -> Seen:
+def sound(model: nn.Module, *shapes: tuple[int, ...], check: Check = check_model) -> Seen:
     """What was exercised on a module in double precision; raises where it is not sound."""
     names = list(model.forward.__code__.co_varnames[1 : 1 + len(shapes)])
     feeds = [{name: torch.randn(shape).double() for name, shape in zip(names, shapes, strict=True)} for _ in range(2)]
     with double(), torch.no_grad():
-        seen = check_model(model.double().eval(), feeds)
+        seen = check(model.double().eval(), feeds)
     assert not seen.untraced
     return seen
 
@@ -98,17 +100,93 @@ class Scaled(nn.Module):
         return self.down(y / self.scale(y))
 
 
-STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+ZERO: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda y: y.abs().amax(1, keepdim=True),
     "largest and place": lambda y: y.abs().max(1, keepdim=True)[0],
     "spread": lambda y: y.std(1, keepdim=True),
     "product": lambda y: y.prod(1, keepdim=True),
     "running product": lambda y: y.cumprod(1),
+    "running sum": lambda y: y.abs().cumsum(1),
+    "largest so far": lambda y: y.abs().cummax(1)[0],
     "root of squares": lambda y: torch.hypot(y, y),
     "windows": lambda y: y.repeat(1, 2, 1).unfold(1, 2, 2)[..., 0],
+    "in order": lambda y: y.abs().sort(1)[0],
+    "middle": lambda y: y.abs().median(1, keepdim=True)[0],
+    "between": lambda y: torch.lerp(y, y, 0.5),
+    "logarithm of one": lambda y: torch.log(y + 1),
+    "half less half": lambda y: y.sigmoid() - 0.5,
+    "written back": lambda y: (y + 1).sub_(1.0),
+}
+"""Divisors that are zero where the channel is."""
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "log of running sum": lambda y: y.logcumsumexp(1),
+    "scattered": lambda y: y.scatter(1, torch.zeros(2, 1, 6, dtype=torch.long), y[:, :1]),
+    "added at places": lambda y: torch.zeros(2, 5, 6).index_add(1, torch.arange(5), y),
+    "partly replaced": lambda y: torch.slice_scatter(y, y[:, :2], 1, 0, 2) + torch.slice_scatter(y, y[:, 2:], 1, 2, 5),
+    "padded": lambda y: F.pad(y.exp(), (0, 0, 1, 0))[:, :5],
+}
+"""Divisors that need not be zero there as far as is known, and need not differ from it."""
+
+SAFE: dict[str, Callable[[Tensor], Tensor]] = {
+    "an epsilon": lambda y: y.norm(dim=1, keepdim=True) + 1e-6,
+    "a running sum and a number": lambda y: y.abs().cumsum(1) + 0.1,
+    "at least a number": lambda y: y.abs().clamp_min(1e-6),
+    "exponentials": lambda y: y.exp().sum(1, keepdim=True),
+    "between zero and one": lambda y: y.sigmoid(),
+    "softplus": lambda y: F.softplus(y),
+    "a power of two": lambda y: torch.pow(2.0, y),
+    "away from zero": lambda y: 2 + torch.sin(y),
+    "one where it is zero": lambda y: torch.where(y == 0, 1.0, y),
+    "root of a mean": lambda y: torch.sqrt(y.square().mean(1, keepdim=True) + 1e-5),
+    "the other channels'": lambda y: y.square().sum(-1, keepdim=True),
+}
+"""Divisors that are not zero where the channel is."""
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_a_channel_is_not_divided_by_what_vanishes_with_it(name: str) -> None:
+    assert sound(Scaled(ZERO[name]), (2, 5, 5), check=check_quickly).frozen["removed entries would be divided by"] == 1
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_channel_is_not_divided_by_what_may_vanish_with_it(name: str) -> None:
+    assert (
+        sound(Scaled(UNKNOWN[name]), (2, 5, 5), check=check_quickly).frozen["removed entries need not have a value"]
+        == 1
+    )
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_a_channel_can_go_that_is_divided_by_what_does_not_vanish_with_it(name: str) -> None:
+    assert sound(Scaled(SAFE[name]), (2, 5, 5), check=check_quickly).prunable == 1
+
+
+class Curved(nn.Module):
+    """Channels through a function that has a value for some numbers only."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.function = nn.Linear(5, 6), nn.Linear(6, 7), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.function(self.up(x)))
+
+
+CURVES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "acosh from one": (lambda y: torch.acosh(y.square() + 1), True),
+    "acosh below one": (lambda y: torch.acosh(y.abs() + 0.9), False),
+    "polygamma": (lambda y: torch.polygamma(1, y), False),
+    "powers that are numbers": (lambda y: torch.pow(y.abs() + 0.5, y), True),
+    "powers of zero": (lambda y: torch.pow(y.abs(), y - 1), False),
+    "zero times a logarithm of zero": (lambda y: torch.xlogy(y, y.abs()), True),
+    "one times a logarithm of zero": (lambda y: torch.xlogy(y + 1, y.abs()), False),
+    "a norm without an epsilon": (lambda y: F.rms_norm(y.mT, (5,), eps=0.0).mT, False),
+    "what half precision makes of an epsilon": (lambda y: (y.half().abs() + 1e-9).reciprocal().double() * y, False),
 }
 
 
-@pytest.mark.parametrize("name", STATISTICS)
-def test_a_channel_is_not_divided_by_what_vanishes_with_it(name: str) -> None:
-    assert sound(Scaled(STATISTICS[name]), (2, 5, 5)).frozen["removed entries would be divided by"] == 1
+@pytest.mark.parametrize("name", CURVES)
+def test_a_channel_can_go_where_its_function_has_a_value_at_zero(name: str) -> None:
+    function, able = CURVES[name]
+    assert sound(Curved(function), (2, 5, 5), check=check_quickly).prunable == able

@@ -22,26 +22,13 @@ from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.losing import Losing
+from shear_passes.analysis.poles import Poles
+from shear_passes.analysis.removed import Removed
 from shear_passes.analysis.scores import Choice, Scores, Writes, base_name
 from shear_passes.rules.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
 Counts = dict[Axis, int]
-
-_POLES = {
-    **dict.fromkeys(("div", "divide", "true_divide", "floor_divide", "fmod", "remainder"), (1,)),
-    **dict.fromkeys(
-        (
-            "reciprocal", "rsqrt", "log", "log2", "log10", "logit", "lgamma", "digamma", "pow", "float_power", "acosh",
-            "arccosh", "special_bessel_y0", "special_bessel_y1", "special_modified_bessel_k0",
-            "special_modified_bessel_k1",
-        ),
-        (0,),
-    ),
-    "addcdiv": (2,),
-    "polygamma": (1,),
-}
-"""Operators that are infinite or undefined where one of their arguments is zero, and the place of that argument."""
 
 _COPIES = {"clone", "cat", "concat", "stack", "pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "flip"}
 """Operators that move elements to memory of their own."""
@@ -103,6 +90,7 @@ class _Walk:
         self.scores = Scores(program, axes, self.writes)
         self.low: dict[str, Atoms] = {}
         self.losing = Losing(axes, self.scores, self.zero, self.low, {}, self._aligned_in, self._moved)
+        self.poles = Poles(axes, Removed(program, axes, self.writes, self.zero, self.low, self._counted_copies))
 
     def run(self) -> Zeros:
         contracted: set[Axis] = set()
@@ -112,7 +100,7 @@ class _Walk:
             self.zero[node.name] = self.made[node.name] = self._zeros(node)
             self.writes.position[node.name] = len(self.writes.position)
             self._settle(node)
-            self._check_poles(node)
+            self.poles.check(node)
             for contraction in self.by_call.get(node.name, ()):
                 contracted.update(a for dim in contraction.over for a in atoms(dim))
                 self._check(contraction)
@@ -218,12 +206,13 @@ class _Walk:
                 found |= carried & zero
                 broken |= carried - zero
         stays = frozenset(a for a in found - broken if a in out)
-        return stays - self._counted_copies(node) if stays and base_name(node) in _REPEATS else stays
+        return stays - self._counted_copies(node) if stays else stays
 
     def _counted_copies(self, node: fx.Node) -> Atoms:
         """The atoms that turned out to count copies: a copy is not zero for standing at a removed place."""
         source = node.args[0]
-        assert isinstance(source, fx.Node)
+        if base_name(node) not in _REPEATS or not isinstance(source, fx.Node):
+            return _NOTHING
         before, after = (Counter(a for dim in self.axes.dims(n) for a in atoms(dim)) for n in (source, node))
         return frozenset((after - before).keys())
 
@@ -257,20 +246,9 @@ class _Walk:
                 elif contraction.mean:
                     freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM, at)
 
-    def _check_poles(self, node: fx.Node) -> None:
-        """A removed entry that is zero may not be divided by: no factor of zero makes infinity zero again."""
-        for place in _POLES.get(base_name(node), ()):
-            operand = node.args[place]
-            if not isinstance(operand, fx.Node) or (
-                base_name(node) in ("pow", "float_power") and _positive(node.args[1], or_zero=True)
-            ):
-                continue
-            for atom in self.zero.get(operand.name, _NOTHING):
-                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
 
-
-def _positive(exponent: Any, or_zero: bool = False) -> bool:
-    return isinstance(exponent, int | float) and (exponent > 0 or (or_zero and exponent == 0))
+def _positive(exponent: Any) -> bool:
+    return isinstance(exponent, int | float) and exponent > 0
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,0 +1,62 @@
+"""Operators that have no value at removed entries: no factor of zero makes a number of infinity again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from shear_ir.axes import Axis, atoms, freeze
+from shear_passes.analysis.infer_axes import Axes
+from shear_passes.analysis.removed import Removed
+from shear_passes.analysis.scores import base_name
+from shear_passes.rules.domain import conditional, has_value
+from shear_passes.rules.pointwise import is_pointwise
+from shear_passes.rules.ranges import ZERO
+from shear_passes.rules.registry import op_name
+
+_EPSILON = {
+    "rms_norm": 3, "layer_norm": 4, "native_layer_norm": 4, "group_norm": 4, "batch_norm": 7, "instance_norm": 7,
+    "_native_batch_norm_legit_no_training": 6,
+}  # fmt: skip
+"""Norms, and the place of what they add to the variance, so that it is not zero where all entries are."""
+
+
+class Poles:
+    """Freezes the axes at whose removed indices a call is not shown to have a value."""
+
+    def __init__(self, axes: Axes, removed: Removed) -> None:
+        self.axes, self.removed = axes, removed
+
+    def check(self, node: fx.Node) -> None:
+        """Operators that have a value everywhere cost nothing."""
+        if node.op != "call_function" or node.name in self.axes.barriers:
+            return
+        name = base_name(node)
+        if name in _EPSILON:
+            self._check_norm(node, _EPSILON[name])
+        elif is_pointwise(node.target):
+            operands = conditional(name, node)
+            for atom in self._carried(dim for operand in operands for dim in self.axes.dims(operand)):
+                self._check(name, node, operands, atom)
+
+    def _check(self, name: str, node: fx.Node, operands: tuple[fx.Node, ...], atom: Axis) -> None:
+        known = self.removed.known(node, atom)
+        if len(operands) == 1:
+            known[operands[0]] = self.removed.read(operands[0], node, atom)
+        if not has_value(name, node, known):
+            divided = any(known[operand] == ZERO for operand in operands)
+            reason = "removed entries would be divided by" if divided else "removed entries need not have a value"
+            freeze(atom, f"{reason} at %{node.name} = {op_name(node)}", at=node.name)
+
+    def _check_norm(self, node: fx.Node, place: int) -> None:
+        """A norm that adds nothing to a variance divides by it; the axes that it runs over are not its concern."""
+        epsilon = node.args[place] if place < len(node.args) else node.kwargs.get("eps")
+        if epsilon == 0 and isinstance(node.args[0], fx.Node):
+            dims = self.axes.dims(node.args[0])
+            over = node.args[1] if isinstance(node.args[1], (list, tuple)) else ()
+            for atom in self._carried(dims[: len(dims) - len(over)]):
+                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
+
+    def _carried(self, dims: Iterable[object]) -> dict[Axis, None]:
+        return dict.fromkeys(a for dim in dims for a in atoms(dim))  # type: ignore[arg-type]
