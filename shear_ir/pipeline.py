@@ -139,8 +139,8 @@ def plan(
         wanted = block_importance or (None if wide else importance) or ("order" if data is None else "block-influence")
         criterion = chosen(wanted, program, data, seed)
         deep = SelectBlocks(
-            ratio=_share(ratio, wide), blocks=tuple(blocks), importance=criterion, seed=seed,
-            kinds=tuple(kind for kind in kinds if kind in BLOCK_KINDS), only=tuple(only), skip=tuple(skip),
+            ratio=_share(ratio, wide), blocks=tuple(blocks), importance=criterion, seed=seed, budget=budget,
+            floor=floor, kinds=tuple(kind for kind in kinds if kind in BLOCK_KINDS), only=tuple(only), skip=tuple(skip),
             frozen=tuple(frozen),
         )  # fmt: skip
         manager = prepared(
@@ -366,7 +366,11 @@ def _accepted_heads(program: Program, plan: Plan) -> list[int]:
 
 def _steps(round_to: int | Mapping[str, int]) -> int | tuple[str, ...]:
     """``round_to`` as the passes spell it."""
-    return round_to if isinstance(round_to, int) else tuple(f"{kind}={n}" for kind, n in round_to.items())
+    if isinstance(round_to, Mapping):
+        return tuple(f"{kind}={n}" for kind, n in round_to.items())
+    if not isinstance(round_to, int):
+        raise PlanError(f"round_to is a number of units, or one for each of some kinds, not {round_to}")
+    return round_to
 
 
 def _imbalance(manager: AnalysisManager, asked: SelectByRatio) -> float:

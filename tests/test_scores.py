@@ -93,6 +93,14 @@ def test_a_function_of_outputs_and_batch_is_the_loss() -> None:
         sir.scores(program, "taylor", data=[torch.randn(7, 6)])
 
 
+def test_data_that_the_model_cannot_read_or_predict_is_refused() -> None:
+    _, program, _ = traced("llama_gqa")
+    with pytest.raises(PlanError, match="LlamaForCausalLM does not run on the calibration data: index out of range"):
+        sir.scores(program, "wanda", data=[torch.full((2, 4), 999)])
+    with pytest.raises(PlanError, match="the loss of a batch of the calibration data is not a number: no token of it"):
+        sir.scores(program, "taylor", data=[torch.ones(2, 1, dtype=torch.long)])
+
+
 def test_a_program_whose_model_is_gone_is_not_run_on_data() -> None:
     program = sir.trace(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)), torch.randn(3, 6))
     gc.collect()

@@ -234,6 +234,15 @@ def test_a_function_that_gives_other_than_a_number_for_each_unit_is_refused() ->
         scores(as_criterion(flat))
 
 
+def test_a_function_that_fails_is_said_to() -> None:
+    with pytest.raises(
+        PlanError, match=r"the criterion .*<lambda> fails on h \(residual\): ZeroDivisionError: integer division"
+    ):
+        scores(as_criterion(lambda group, evidence: 1 // 0))
+    tens = scores(as_criterion(lambda group, evidence: torch.arange(group.size).bfloat16()))
+    assert of(tens, "ffn0").tolist() == list(range(44))
+
+
 def test_a_criterion_is_found_by_its_import_path(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine_own.py").write_text("def flat(group, evidence):\n    return range(group.size)\n")
     monkeypatch.chdir(tmp_path)

@@ -12,9 +12,10 @@ import pytest
 import shear_ir as sir
 from shear_ir.cli import options
 from shear_ir.errors import PlanError
+from shear_ir.manager import AnalysisManager
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import Group
-from shear_passes.importance import Random
+from shear_passes.importance import Importance, Random
 from shear_passes.select import ALLOCATIONS, SelectByKnowledge, SelectGlobal, SelectIsomorphic
 from shear_passes.select.by_ratio import BUDGETS
 from tests.zoo import build
@@ -73,6 +74,55 @@ def test_a_floor_stays_in_every_group() -> None:
         sir.plan(_program(), ratio=0.3, floor=0.9)
     plan = sir.plan(_program(), ratio=0.2, floor=0.5, allocation="global", importance=Random(3), kinds=("ffn",))
     assert all(len(c.kept) >= 0.5 * c.size for c in plan.cuts)
+
+
+def test_heads_that_the_config_accepts_keep_to_the_floor_too() -> None:
+    asked = ALLOCATIONS["uniform"](ratio=0.2, floor=0.6, heads=1)
+    with pytest.raises(PlanError, match="1 heads are fewer than the floor, or no multiple of round_to"):
+        asked.counts(sir.analyses(_program()))
+    with pytest.raises(PlanError, match="round_to speaks of fnn, but what is cut are the kinds ffn, kv_head"):
+        sir.plan(_program(), ratio=0.2, round_to={"fnn": 64})
+    with pytest.raises(PlanError, match=r"round_to is a number of units, or one for each of some kinds, not 1\.5"):
+        sir.plan(_program(), ratio=0.2, importance="magnitude", round_to=1.5)  # type: ignore[arg-type]
+
+
+def test_blocks_go_by_the_budget_and_the_floor_as_well() -> None:
+    plan = sir.plan(_program(), ratio=0.5, budget="kv_bytes", kinds=("block",))
+    assert (plan.after.kv_bytes * 2, plan.options["budget"]) == (plan.before.kv_bytes, "kv_bytes")
+    with pytest.raises(PlanError, match=r"and 0\.6 of the blocks left in every list, at most 0\.0 of the parameters"):
+        sir.plan(_program(), ratio=0.3, floor=0.6, kinds=("block",))
+
+
+@pytest.mark.parametrize("allocation", ["global", "isomorphic"])
+def test_a_unit_of_infinite_score_stays_and_says_nothing_of_the_others(allocation: str) -> None:
+    groups = _named("ffn0", "ffn1")
+    draw = np.random.default_rng(3)
+    plain = {g: draw.gamma(2.0, 1.0, g.size) for g in groups}
+    held = {g: np.concatenate([[np.inf], s[1:]]) for g, s in plain.items()}
+    left = ALLOCATIONS[allocation]().wanted(groups, held, _program())
+    assert all(abs(left(0.5)[g] - g.size / 2) < 0.2 * g.size for g in groups)
+    assert sum(left(0.97).values()) == 3  # of 88: the two that are held, and one more
+    assert min(left(0.97).values()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (np.ones(45), r"returns shape \(45,\) for ffn0, which has 44 units"),
+        (np.full(44, np.nan), "returns NaN for ffn0"),
+        (np.ones(44) * 1j, "returns a ndarray for ffn0, not numbers"),
+        (None, "returns a NoneType for ffn0, not numbers"),
+    ],
+)
+def test_a_criterion_has_to_give_a_number_for_each_unit(made: Any, said: str) -> None:
+    class Given(Importance):
+        def run(self, program: sir.Program, analyses: AnalysisManager) -> Any:
+            return dict.fromkeys(_named("ffn0"), made)
+
+    with pytest.raises(PlanError, match=f"given {said}"):
+        sir.plan(_program(), ratio=0.2, importance=Given(), kinds=("ffn",))
+    with pytest.raises(PlanError, match=r"given gives no scores for kv0 \(kv_head\)"):
+        sir.plan(_program(), ratio=0.15, importance=Given(), kinds=("kv_head",))
 
 
 @pytest.mark.parametrize("allocation", ["global", "isomorphic"])

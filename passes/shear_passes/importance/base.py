@@ -90,6 +90,43 @@ class Scored(Mapping[Group, Score]):
         return len(self.scores)
 
 
+class Checked(Mapping[Group, Score]):
+    """The scores that any criterion gave; a group is looked at when it is asked for.
+
+    Raises ``PlanError`` where a criterion gave no number for each unit of it.
+    """
+
+    def __init__(self, criterion: str, scores: Any) -> None:
+        if not isinstance(scores, Mapping):
+            raise PlanError(f"{criterion} gives a {type(scores).__name__}, not the scores of each group")
+        self.criterion, self.scores = criterion, scores
+
+    def __getitem__(self, group: Group) -> Score:
+        if group not in self.scores:
+            raise PlanError(f"{self.criterion} gives no scores for {group.name} ({group.kind})")
+        return checked(self.criterion, group, self.scores[group])
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def checked(criterion: str, group: Group, made: Any) -> Score:
+    """``made`` as an array of shape ``(group.size,)``; raises ``PlanError`` where it is something else, or NaN."""
+    values = made.detach().double().cpu().numpy() if isinstance(made, Tensor) else made
+    try:
+        found = np.asarray(values).astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError) as failure:
+        raise PlanError(f"{criterion} returns a {type(made).__name__} for {group.name}, not numbers") from failure
+    if found.shape != (group.size,):
+        raise PlanError(f"{criterion} returns shape {found.shape} for {group.name}, which has {group.size} units")
+    if np.isnan(found).any():
+        raise PlanError(f"{criterion} returns NaN for {group.name}")
+    return found
+
+
 def candidates(analyses: AnalysisManager) -> list[Group]:
     """The groups that could lose units, in graph order."""
     return [g for g in analyses.get(FindGroups()) if g.prunable or g.rescalable]

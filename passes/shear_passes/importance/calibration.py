@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shear_ir.errors import PlanError
+from shear_ir.errors import PlanError, ShearError
 from shear_ir.frontend.inputs import Inputs, device_of
+from shear_ir.frontend.sentences import sentence
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 
@@ -104,6 +105,11 @@ class Calibration:
         with torch.set_grad_enabled(backward):
             if backward or any(o.needs_loss for o in observers):
                 step.loss = loss_of(self.model, feed, self.loss)
+                if bool(step.loss.isnan()):
+                    raise PlanError(
+                        "the loss of a batch of the calibration data is not a number: no token of it is to be "
+                        "predicted (rows of one token, all of it padding), or the model's own numbers overflow"
+                    )
             else:
                 call(self.model, feed)
             if backward:
@@ -164,9 +170,16 @@ def as_feed(model: nn.Module, batch: Any) -> Inputs:
 
 
 def call(model: nn.Module, feed: Inputs) -> Any:
-    """The outputs of ``model``; labels that it does not take are left out."""
+    """The outputs of ``model``; labels that it does not take are left out. Raises ``PlanError`` where it fails."""
     names = _arguments(model)
-    return model(**{name: tensor for name, tensor in feed.items() if name != "labels" or "labels" in names})
+    try:
+        return model(**{name: tensor for name, tensor in feed.items() if name != "labels" or "labels" in names})
+    except (ShearError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:  # whatever the model raises, it is these inputs that it does not take
+        raise PlanError(
+            f"{type(model).__name__} does not run on the calibration data: {sentence(failure)}"
+        ) from failure
 
 
 def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:

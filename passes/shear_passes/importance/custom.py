@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from shear_ir.errors import PlanError
+from shear_ir.errors import PlanError, ShearError
 from shear_ir.frontend.sentences import sentence
 from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.consumers import Consumers, FindConsumers
 from shear_passes.analysis.find_groups import FindGroups, Group
-from shear_passes.importance.base import Importance, Score, Scored, Scores, candidates, weights_of
+from shear_passes.importance.base import Importance, Score, Scored, Scores, candidates, checked, weights_of
 from shear_passes.importance.calibration import Calibration, Data
 from shear_passes.importance.gradients import Gradients, GradientStatistics
 from shear_passes.importance.statistics import CalibrationStatistics, ReadStatistics
@@ -80,24 +79,21 @@ class Custom(Importance):
         scores: dict[Group, Score] = {}
         reasons: dict[Group, str] = {}
         for group in candidates(analyses):
-            made = function(group, evidence)
+            made = self._asked(function, group, evidence)
             if made is None:
                 reasons[group] = "it gives None"
             else:
-                scores[group] = self._checked(group, made)
+                scores[group] = checked(self.path, group, made)
         return Scored(self.path, scores, reasons)
 
-    def _checked(self, group: Group, made: Any) -> Score:
-        values = made.detach().cpu().numpy() if isinstance(made, Tensor) else made
+    def _asked(self, function: Function, group: Group, evidence: Evidence) -> Any:
         try:
-            found = np.asarray(values, dtype=np.float64)
-        except (TypeError, ValueError) as failure:
-            raise PlanError(f"{self.path} returns a {type(made).__name__} for {group.name}, not numbers") from failure
-        if found.shape != (group.size,):
-            raise PlanError(f"{self.path} returns shape {found.shape} for {group.name}, which has {group.size} units")
-        if np.isnan(found).any():
-            raise PlanError(f"{self.path} returns NaN for {group.name}")
-        return found
+            return function(group, evidence)
+        except ShearError:
+            raise
+        except Exception as failure:  # whatever it raises is the user's own
+            said = f"{type(failure).__name__}: {sentence(failure)}"
+            raise PlanError(f"the criterion {self.path} fails on {group.name} ({group.kind}): {said}") from failure
 
 
 def find(path: str) -> Any:

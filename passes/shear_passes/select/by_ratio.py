@@ -19,7 +19,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.cost import CostModel, MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance import Importance, Scores, criterion
-from shear_passes.importance.base import Score
+from shear_passes.importance.base import Checked, Score
 from shear_passes.select.build import Selection, build_plan
 from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
 
@@ -69,7 +69,7 @@ class SelectByRatio(Selection):
         """Raises ``PlanError`` when the ratio cannot be reached, saying what can."""
         counts = self.counts(analyses)
         criterion_ = self._criterion()
-        scores = analyses.get(criterion_)
+        scores = Checked(str(criterion_), analyses.get(criterion_))
         kept = {g: best(scores[g], count) for g, count in counts.items()}
         costs, groups = analyses.get(MeasureCosts()), analyses.get(FindGroups())
         return build_plan(groups, costs, kept, options=self._options(criterion_), reason=f"least by {criterion_}")
@@ -78,7 +78,9 @@ class SelectByRatio(Selection):
         """How many units stay of each chosen group; raises as ``run`` does."""
         self._check()
         chosen = choose(analyses.get(FindGroups()), self.only, self.skip, self.kinds, self.frozen)
-        return _Solver(self, chosen, analyses.get(self._criterion()), analyses.get(MeasureCosts())).solve()
+        criterion_ = self._criterion()
+        scores = Checked(str(criterion_), analyses.get(criterion_))
+        return _Solver(self, chosen, scores, analyses.get(MeasureCosts())).solve()
 
     def step(self, kind: str) -> int:
         """What stays of a group of this kind is a multiple of it."""
@@ -93,6 +95,8 @@ class SelectByRatio(Selection):
         found = {}
         for word in self.round_to:
             kind, _, number = word.rpartition("=")
+            if kind and kind not in self.kinds:
+                raise PlanError(f"round_to speaks of {kind}, but what is cut are the kinds {', '.join(self.kinds)}")
             if not number.isdecimal():
                 raise PlanError(f"round_to takes a number, or words such as ffn=64, not '{word}'")
             found[kind] = int(number)
@@ -202,10 +206,12 @@ class _Solver:
         return {g: self._round(g, wanted[g]) for g in self.groups}
 
     def _round(self, group: Group, wanted: float) -> int:
-        if group.kind in HEAD_KINDS and self.asked.heads:
-            return min(group.size, self.asked.heads)
         step = self._steps[group.kind]
-        least = max(step, step * math.ceil(max(group.least, self.asked.floor * group.size) / step))
+        least = max(step, step * math.ceil(max(group.least, whole(self.asked.floor * group.size)) / step))
+        if group.kind in HEAD_KINDS and self.asked.heads:
+            if self.asked.heads < min(group.size, least) or self.asked.heads % step:
+                raise PlanError(f"{self.asked.heads} heads are fewer than the floor, or no multiple of round_to")
+            return min(group.size, self.asked.heads)
         return min(group.size, max(least, step * round(wanted / step)))
 
     def _counts_for(self, group: Group) -> bool:
@@ -221,12 +227,16 @@ class _Solver:
         return int(getattr(self.costs.at(sizes), self.asked.budget))
 
 
+def whole(units: float) -> int:
+    """The least number of units that is no less, but for the rounding of a product."""
+    return math.ceil(round(units, 9))
+
+
 def best(scores: Score, count: int) -> Indices:
     """The ``count`` units of the highest scores, in order; ties go to the lower index."""
     if count == len(scores):
         return np.arange(count)
-    ranked = np.where(np.isnan(scores), -np.inf, scores)
-    edge = np.partition(ranked, -count)[-count]
-    stays = ranked > edge
-    stays[np.flatnonzero(ranked == edge)[: count - np.count_nonzero(stays)]] = True
+    edge = np.partition(scores, -count)[-count]
+    stays = scores > edge
+    stays[np.flatnonzero(scores == edge)[: count - np.count_nonzero(stays)]] = True
     return np.flatnonzero(stays)

@@ -43,7 +43,7 @@ class SelectIsomorphic(SelectByRatio):
         classes: dict[object, list[Group]] = {}
         for group in groups:
             classes.setdefault(_structure(program, group), []).append(group)
-        scaled = {g: scores[g] / (np.sqrt(np.mean(scores[g] ** 2)) or 1.0) for g in groups}
+        scaled = {g: s / (np.sqrt(np.mean(_finite(s) ** 2)) or 1.0) for g in groups for s in [scores[g]]}
 
         def wanted(share: float) -> Mapping[Group, float]:
             found: dict[Group, float] = {}
@@ -56,8 +56,15 @@ class SelectIsomorphic(SelectByRatio):
 
 
 def _standardised(scores: Score) -> Score:
-    found: Score = (scores - scores.mean()) / (scores.std() or 1.0)
+    known = _finite(scores)
+    found: Score = (scores - known.mean()) / (known.std() or 1.0)
     return found
+
+
+def _finite(scores: Score) -> Score:
+    """The scores that are numbers: a unit of infinite score goes last, or first, and says nothing of the others."""
+    found: Score = scores[np.isfinite(scores)]
+    return found if len(found) else np.zeros(1)
 
 
 def _structure(program: Program, group: Group) -> object:
