@@ -176,6 +176,12 @@ def steps(words: list[str] | None) -> int | dict[str, int] | None:
     return found[""] if set(found) == {""} else found
 
 
+def require_knowledge(file: Path | None, *allocations: str) -> None:
+    """Raise ``PlanError`` where knowledge is given and no allocation looks at it, or the other way round."""
+    if ("by-knowledge" in allocations) != (file is not None):
+        raise PlanError("--knowledge FILE and --allocation by-knowledge go together: give both or neither")
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given on the command line."""
     return {name: value for name, value in options.items() if value not in (None, [])}

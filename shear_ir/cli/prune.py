@@ -118,6 +118,7 @@ class _Asked:
         if (self.ratio is None and "blocks" not in self.choices) == (self.file is None):
             raise ShearError("give either --ratio or --plan, which say what goes")
         self.change.check()
+        options.require_knowledge(self.choices.get("knowledge"), self.choices.get("allocation", ""))
         if self.file is not None and (self.choices or (self.read and not self.change.reads)):
             names = [*self.choices, *(["data"] if self.read else [])]
             spelled = ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -70,7 +70,8 @@ def sweep(
         ratio or (0.1, 0.2, 0.3, 0.5), importance or (default(data),), allocation or ("uniform",),
         repair or (NONE, "least-squares"),
     )  # fmt: skip
-    curves = None if knowledge is None else Knowledge.load(knowledge).curves
+    options.require_knowledge(knowledge, *(allocation or ()))
+    known = None if knowledge is None else Knowledge.load(knowledge)
     chosen = options.given(round_to=options.steps(round_to), kinds=kinds and tuple(kinds))
     config = load_data(data, whole=True)
     with console.Told() as told:
@@ -80,7 +81,7 @@ def sweep(
         require_readable(loaded.model, sources)
         batches, _ = calibration_batches(data, tokenizer, samples=samples or SAMPLES, seed=seed, progress=told)
         made = run(
-            loaded.model, wanted, batches, sources, knowledge=curves, keep=out, progress=told, seed=seed, batch=batch,
+            loaded.model, wanted, batches, sources, knowledge=known, keep=out, progress=told, seed=seed, batch=batch,
             **chosen,
         )  # fmt: skip
     if plot is not None:

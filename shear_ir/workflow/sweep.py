@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shear_ir import pipeline
 from shear_ir.errors import PlanError, ShearError
@@ -20,8 +22,10 @@ from shear_ir.program import Program
 from shear_ir.repairing import Repairs, named
 from shear_ir.training.data import Progress
 from shear_ir.training.evaluate import Loss, evaluate_sources
+from shear_ir.training.journal import weights_digest
+from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.rows import Rows
-from shear_ir.workflow.work import digest_of
+from shear_ir.workflow.work import alone, digest_of
 from shear_passes.importance import Importance, Scores, criterion
 from shear_passes.select import ALLOCATIONS
 
@@ -92,7 +96,7 @@ def trials(
 
 def sweep(
     model: nn.Module, wanted: Sequence[Trial], data: Sequence[Any], sources: Mapping[str, Rows], *,
-    knowledge: Mapping[str, Mapping[float, float]] | None = None, keep: Path | None = None,
+    knowledge: Knowledge | Mapping[str, Mapping[float, float]] | None = None, keep: Path | None = None,
     progress: Progress | None = None, seed: int = 0, batch: int = 8, **options: Any,
 ) -> Sweep:  # fmt: skip
     """Prune copies of ``model`` by each of ``wanted`` and measure them on ``sources``; ``model`` stays as it is.
@@ -101,9 +105,22 @@ def sweep(
     ``shear_ir.plan``. ``keep``: a file of what is measured, from which the same call goes on. A trial that cannot be
     is noted with the reason; raises ``PlanError`` where that is so for all of them.
     """
+    with nullcontext() if keep is None else alone(keep):
+        return _swept(model, wanted, data, sources, knowledge, keep, progress, seed, batch, options)
+
+
+def _swept(
+    model: nn.Module, wanted: Sequence[Trial], data: Sequence[Any], sources: Mapping[str, Rows],
+    knowledge: Knowledge | Mapping[str, Mapping[float, float]] | None, keep: Path | None, progress: Progress | None,
+    seed: int, batch: int, options: Mapping[str, Any],
+) -> Sweep:  # fmt: skip
     told: Progress = progress or (lambda what, done, total: None)
     program = pipeline.trace(model)
-    kept = _Kept(keep, digest_of([program.digest, seed, options, knowledge, {n: r.digest for n, r in sources.items()}]))
+    if isinstance(knowledge, Knowledge):
+        knowledge.require(program.digest)
+        knowledge = knowledge.curves
+    rows = {n: r.digest for n, r in sources.items()}
+    kept = _Kept(keep, digest_of([weights_digest(model), seed, options, knowledge, rows, _digest(data)]))
     bench = _Bench(model, program, data, sources, knowledge, seed, batch, options)
     if kept.dense is None:
         told("measuring the dense model", 0, 1)
@@ -119,11 +136,21 @@ def sweep(
     return Sweep(kept.dense, points)
 
 
+def _digest(data: Sequence[Mapping[str, Tensor]]) -> str:
+    """A hash of all batches."""
+    parts = [(f"{name} {t.shape} ".encode(), t.cpu().numpy().tobytes()) for b in data for name, t in b.items()]
+    return hashlib.sha256(b"".join(named + numbers for named, numbers in parts)).hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class _Known(Importance):
-    """Scores that were measured before."""
+    """Scores that were measured before, by the criterion ``called``."""
 
+    called: str
     scores: Scores
+
+    def __str__(self) -> str:
+        return self.called
 
     def run(self, program: Program, analyses: AnalysisManager) -> Scores:
         """They are what they were."""
@@ -162,7 +189,7 @@ class _Bench:
     def _scores(self, name: str) -> Any:
         if name not in self.scored:
             self.scored[name] = pipeline.scores(self.program, name, data=self.data, seed=self.seed)[name]
-        return _Known(self.scored[name])
+        return _Known(name, self.scored[name])
 
     def _repairs(self, name: str) -> Repairs:
         if name not in self.repairs:

@@ -27,4 +27,7 @@ def test_the_command_line_prints_a_table_and_draws(shear: Shear, place: Path, tm
     said = "a ratio is a share of the parameters between 0 and 1, not 1.3"
     assert said in shear(*asked, "--ratio", "1.3").sentence
     assert "there is no allocation 'fair'; there are uniform" in shear(*asked, "--allocation", "fair").sentence
+    said = "--knowledge FILE and --allocation by-knowledge go together: give both or neither"
+    assert said in shear(*asked, "--knowledge", place / "data.yaml").sentence
+    assert said in shear("prune", *asked[1:], "--ratio", "0.2", "--allocation", "by-knowledge", "--dry-run").sentence
     assert "there is no repair 'glue'; there are least-squares" in shear(*asked, "--repair", "glue").sentence

@@ -13,9 +13,11 @@ import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_ir.training.data import held_out, load_data
 from shear_ir.training.evaluate import evaluate
+from shear_ir.training.knowledge import Knowledge
 from shear_ir.workflow.calibration import calibration_batches
 from shear_ir.workflow.plots import plot_sweep
 from shear_ir.workflow.sweep import Trial, ranked, sweep, trials
+from shear_ir.workflow.work import alone
 from tests.workflow.tiny import tokenizer, write_data, write_model
 from tests.zoo import build
 
@@ -53,18 +55,31 @@ def test_a_point_is_what_plan_repair_and_shear_give_alone(place: Path, tmp_path:
 
 def test_what_is_measured_is_not_measured_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep = tmp_path / "sweep.json"
-    first, *_ = swept(place, keep)
+    first, swept_on, _ = swept(place, keep)
     whole = json.loads(keep.read_text())
     keep.write_text(json.dumps({**whole, "points": whole["points"][:-1]}))
 
     def measure(*_: Any, **__: Any) -> Any:
         raise AssertionError("what is left cannot be sheared, so nothing is to be measured")
 
+    with alone(keep), pytest.raises(PlanError, match=r"another run is working in .*sweep\.json"):
+        swept(place, keep)
     monkeypatch.setattr("shear_ir.workflow.sweep.evaluate_sources", measure)
     again, *_ = swept(place, keep)
     assert (again.dense, again.points) == (first.dense, first.points)
     with pytest.raises(PlanError, match="holds a sweep of another model, data or options"):
         swept(place, keep, seed=3)
+    batches, _ = calibration_batches(place / "data.yaml", tokenizer(), samples=5)
+    sources = held_out(load_data(place / "data.yaml", whole=True), tokenizer())
+    for model, rows in ((build("llama_gqa"), batches), (build("llama_gqa", seed=1), swept_on)):
+        with pytest.raises(PlanError, match="holds a sweep of another model, data or options"):
+            sweep(model, WANTED, rows, sources, keep=keep)
     keep.write_text("{}")
     with pytest.raises(PlanError, match=r"sweep\.json cannot be read: remove it to begin anew"):
         swept(place, keep)
+
+
+def test_knowledge_of_another_model_is_refused(place: Path) -> None:
+    other = Knowledge("0123456789abcdef", 3.0, (0.5,), 0.0, ())
+    with pytest.raises(PlanError, match="the knowledge was measured on another model: its digest is 0123456789abcdef"):
+        swept(place, knowledge=other)

@@ -103,14 +103,14 @@ class SelectByRatio(Selection):
         return found
 
     def _check(self) -> None:
+        if self.budget not in BUDGETS:
+            raise PlanError(f"there is no budget '{self.budget}'; there are {', '.join(BUDGETS)}")
         if not 0.0 < self.ratio < 1.0:
-            raise PlanError(f"ratio is a share between 0 and 1 of the {BUDGETS['parameters']}, not {self.ratio}")
+            raise PlanError(f"ratio is a share of the {BUDGETS[self.budget]} between 0 and 1, not {self.ratio}")
         if any(step < 1 for step in self._steps.values()):
             raise PlanError(f"round_to is a number of units from 1 up, not {self.round_to}")
         if not 0.0 <= self.floor < 1.0:
             raise PlanError(f"floor is a share of a group's units from 0 to below 1, not {self.floor}")
-        if self.budget not in BUDGETS:
-            raise PlanError(f"there is no budget '{self.budget}'; there are {', '.join(BUDGETS)}")
 
     def _options(self, used: Importance) -> dict[str, object]:
         return {
