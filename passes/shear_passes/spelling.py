@@ -16,11 +16,13 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import shear_passes
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis, Pass, Rewrite
+
+P = TypeVar("P", bound=Pass)
 
 _OPENING, _CLOSING = "{[", "}]"
 _SPELLED = re.compile(r"(?P<name>[A-Za-z][\w-]*)\s*(?:\{(?P<options>.*)\})?", re.DOTALL)
@@ -55,8 +57,13 @@ def parse_pass(text: str) -> Pass:
     cls = known_passes().get(spelled["name"])
     if cls is None:
         raise PlanError(f"there is no pass '{spelled['name']}'; {_near(spelled['name'], known_passes())}")
+    return with_options(cls, spelled["options"] or "")
+
+
+def with_options(cls: type[P], text: str) -> P:
+    """A pass with the options that ``text`` spells, as in ``ratio=0.2 kinds=[ffn,kv_head]``; raises ``PlanError``."""
     options: dict[str, Any] = {}
-    for option in filter(None, _split(spelled["options"] or "", None)):
+    for option in filter(None, _split(text, None)):
         key, equals, value = option.partition("=")
         if not equals:
             raise PlanError(f"'{option}' is not an option of {cls.name()}: write name=value")

@@ -264,6 +264,11 @@ def test_a_criterion_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("shear_passes.importance.names.entry_points", points)
     assert criterion("heaviest") == Heaviest()
+    assert criterion("heaviest{p=1}") == Heaviest(p=1)
+    with pytest.raises(PlanError, match="heaviest has no option 'q'; there are p"):
+        criterion("heaviest{q=1}")
+    with pytest.raises(PlanError, match=r"flat\{q=1\} is no class of criteria whose fields are its options"):
+        criterion(f"{__name__}:flat{{q=1}}")
     with pytest.raises(
         PlanError, match=r"no importance criterion 'lightest'; there are .*heaviest.* or package.module:name"
     ):

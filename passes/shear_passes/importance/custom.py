@@ -121,7 +121,9 @@ def as_criterion(given: Any, path: str = "") -> Importance:
         try:
             given = given()
         except TypeError as failure:
-            raise PlanError(f"the criterion {name} needs options: pass an object, not the class") from failure
+            raise PlanError(
+                f"the criterion {name} needs options: an object, or on the command line NAME{{option=value}}"
+            ) from failure
         if isinstance(given, Importance):
             return given
     if not callable(given):

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from shear_ir.errors import PlanError
+from shear_ir.frontend.sentences import sentence
 from shear_passes.importance.base import Importance
 from shear_passes.importance.block_influence import BlockInfluence
 from shear_passes.importance.bonsai import Bonsai
@@ -74,15 +75,34 @@ def default(data: Any) -> str:
 def _made(name: str) -> Importance:
     if name in CRITERIA:
         return CRITERIA[name]()
-    if "{" in name:
+    bare, braces, options = name.partition("{")
+    given = _found(bare)
+    if given is not None:
+        return _with_options(given, name, options) if braces else as_criterion(given, name)
+    if braces:
         return _spelled(name)
-    for point in entry_points(group=ENTRY_POINTS, name=name):
-        return as_criterion(point.load(), name)
-    if ":" in name:
-        return as_criterion(find(name), name)
     own = {point.name for point in entry_points(group=ENTRY_POINTS)}
     known = ", ".join(sorted({*CRITERIA, *own}))
     raise PlanError(f"there is no importance criterion '{name}'; there are {known}, or package.module:name")
+
+
+def _found(name: str) -> Any:
+    """What an entry point or an import path of this name stands for; None where it is neither."""
+    for point in entry_points(group=ENTRY_POINTS, name=name):
+        try:
+            return point.load()
+        except Exception as failure:  # whatever another package raises when it is imported
+            said = sentence(failure)
+            raise PlanError(f"the criterion {name} cannot be loaded from its entry point: {said}") from failure
+    return find(name) if ":" in name else None
+
+
+def _with_options(given: Any, name: str, options: str) -> Importance:
+    from shear_passes.spelling import with_options
+
+    if not (isinstance(given, type) and issubclass(given, Importance)) or not options.endswith("}"):
+        raise PlanError(f"{name} is no class of criteria whose fields are its options: write NAME{{option=value}}")
+    return with_options(given, options[:-1])
 
 
 def _spelled(name: str) -> Importance:
