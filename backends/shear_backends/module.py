@@ -149,6 +149,8 @@ def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
 
 
 def _set_eps(module: nn.Module, fix: NormFix) -> None:
+    if isinstance(module, nn.RMSNorm) and module.eps is None and fix.eps is not None:
+        module.eps = fix.eps  # that of its precision, which is scaled like any other
     for name, value in vars(module).items():
         if isinstance(value, float) and value == fix.eps:
             setattr(module, name, value * fix.factor)

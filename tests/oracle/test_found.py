@@ -39,6 +39,22 @@ def test_the_default_epsilon_of_a_norm_is_that_of_its_precision() -> None:
     assert sound(DefaultEpsilon(), (3, 5)).prunable
 
 
+class Normed(nn.Module):
+    """A norm that is one call and loses channels, read by what tells its epsilon."""
+
+    def __init__(self, eps: float | None) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(5, 12), nn.RMSNorm(12, eps), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(x) * 1e-5))
+
+
+@pytest.mark.parametrize("eps", [1e-5, None])
+def test_the_modules_scale_the_epsilon_of_a_norm_too(eps: float | None) -> None:
+    assert sound(Normed(eps), (3, 5)).modules["cut"]
+
+
 class Ramp(nn.Module):
     """Channels weighed by their number: after a cut, the numbers that are left are a constant of the graph."""
 

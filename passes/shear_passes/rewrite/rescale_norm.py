@@ -18,6 +18,7 @@ from shear_ir.axes import Axis, Mask, atoms, evaluate
 from shear_ir.errors import ShearingError
 from shear_ir.program import Program, module_path
 from shear_passes.analysis.find_groups import Groups
+from shear_passes.rules.norm import computed_in
 from shear_passes.rules.registry import Contraction, op_name
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def _factor(made: Contraction, masks: Mapping[Axis, Mask]) -> float:
 
 
 def _fix(program: Program, groups: Groups, made: Contraction, factor: float) -> NormFix:
-    eps: float | None = None
+    eps = _own_eps(program, made.node)
     for node in _readers(made.node):
         if op_name(node) == "aten.add.Tensor" and eps is None and isinstance(node.args[1], float):
             eps = node.args[1]
@@ -66,6 +67,14 @@ def _fix(program: Program, groups: Groups, made: Contraction, factor: float) -> 
         f"the norm at {module_path(made.node) or 'the root'} has no weight that could carry the factor of a narrower "
         "axis: use the graph backend"
     )
+
+
+def _own_eps(program: Program, node: fx.Node) -> float | None:
+    """What a norm that is one call adds to the mean; None for any other call."""
+    if op_name(node) != "aten.rms_norm":
+        return None
+    eps = node.args[3] if len(node.args) > 3 else None
+    return eps if isinstance(eps, float) else torch.finfo(computed_in(program.types[node.name][0].dtype)).eps
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

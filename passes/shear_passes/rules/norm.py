@@ -44,7 +44,7 @@ def resize_rms_norm(change: Change) -> None:
     factor = math.prod(d.size for d in dims) / math.prod(change.size(d) for d in dims)
     if factor != 1.0:
         _, _, *rest = (*change.node.args, None, None)[:4]
-        eps = rest[1] if rest[1] is not None else torch.finfo(_computed_in(change.dtype)).eps
+        eps = rest[1] if rest[1] is not None else torch.finfo(computed_in(change.dtype)).eps
         change.call(
             change.node.target,
             (change.node.args[0], [change.size(d) for d in dims], rest[0], eps * factor),  # type: ignore[operator]
@@ -52,7 +52,7 @@ def resize_rms_norm(change: Change) -> None:
         change.after(aten.mul.Tensor, math.sqrt(factor))
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
+def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Half precision is computed in single, whose epsilon is then the norm's."""
     return torch.promote_types(dtype, torch.float32)
 
