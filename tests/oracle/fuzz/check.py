@@ -35,7 +35,7 @@ from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_ir.verifier import verify_program
 from shear_passes.analysis.cost import MeasureCosts
-from shear_passes.analysis.find_groups import FindGroups, Group, Groups
+from shear_passes.analysis.find_groups import BlockGroup, FindGroups, Group, Groups
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.rules.registry import op_name
 from shear_passes.select.build import build_plan
@@ -170,7 +170,11 @@ class _Case:
         return build_plan(groups, sir.analyses(groups.program).get(MeasureCosts()), kept)
 
     def units(self, group: Group, fewest: int) -> Indices:
-        """A random choice, so many that the kernels that read it allow for."""
+        """A random choice, so many that the kernels that read it allow for; blocks that cannot go stay."""
+        if isinstance(group, BlockGroup) and group.fixed:
+            loose = sorted(set(range(group.size)) - group.fixed.keys())
+            stay = self.rng.sample(loose, self.rng.randrange(len(loose)))
+            return np.array(sorted([*group.fixed, *stay]), np.int64)
         counts = [n for n in range(fewest, group.size) if n % group.multiple == 0] or [group.size]
         return np.array(sorted(self.rng.sample(range(group.size), self.rng.choice(counts))), np.int64)
 
@@ -311,12 +315,12 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def _gap(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Largest difference over the largest entry; infinite where shapes differ or only one side is no number."""
+    """Largest difference over the largest entry; infinite where shapes differ or only one side is no finite number."""
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
     worst = 0.0
     for a, b in zip(expected, found, strict=True):
-        both = (a == b) | (a.isnan() & b.isnan())
+        both = (a == b) | ~(a.isfinite() | b.isfinite())
         gap = torch.where(both, 0.0, (a - b).abs()) / max(1.0, float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()))
         worst = max(worst, float(gap.nan_to_num(float("inf")).max()))
     return worst

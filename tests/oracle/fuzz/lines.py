@@ -38,6 +38,27 @@ BINARY = (
     "torch.atan2({x}, {y}.square() + 0.4)", "torch.add({x}, {b}.expand_as({x}))", "{x} + torch.ones({n}).unsqueeze(-1)",
 )  # fmt: skip
 
+DIVISORS = (
+    "{x} / {y}", "{x} / {b}", "{x} / {q}", "{x} / {last}", "1.0 / {x}", "{x} / {x}.exp()", "{x} / torch.sigmoid({y})",
+    "{x} / F.softplus({b})", "{x} / torch.cos({y})", "torch.log({x}.abs())", "torch.rsqrt({x}.square())",
+    "{x}.abs().pow(-0.5)", "torch.reciprocal({y}) * {x}", "torch.acosh({x}.abs() + 1.0)", "torch.logit(torch.sigmoid({x}))",
+    "{x} / torch.where({x} > 0.137, {x}, 0.5)", "{x} / {x}.masked_fill({x} < 0.137, -1.0)", "{x} / torch.lerp({x}, {y}, 0.3)",
+    "{x} / torch.where({y} == 0.0, 1.0, {y})", "torch.fmod(torch.ones_like({x}), {x})", "torch.remainder({x}, {y})",
+    "torch.addcdiv({x}, {y}, {x})", "torch.pow({x}.abs(), {y})", "torch.xlogy({x}, {y}.abs())", "torch.polygamma(1, {x}.square())",
+    "{x} / {x}.amax({d}, keepdim=True)", "{x} / {x}.abs().max({d}, keepdim=True)[0]", "{x} / {x}.cumsum({d})",
+    "{x} / {x}.sort({d})[0]", "{x} / {x}.median({d}, keepdim=True)[0]", "{x} / {x}.cummax({d})[0]", "{x} / {x}.cumprod({d})",
+    "{x} / {x}.std({d}, keepdim=True)", "{x} * torch.rsqrt({x}.var({d}, keepdim=True))", "{x} / {x}.norm(dim={d}, keepdim=True)",
+    "{x} / {x}.abs().sum({d}, keepdim=True)", "{x} / {x}.mean({d}, keepdim=True)", "{x} / {x}.prod({d}, keepdim=True)",
+    "{x} / {x}.logcumsumexp({d})", "{x} / {x}.logsumexp({d}, keepdim=True)", "{x} / {x}.softmax({d})", "{x} / {x}.exp().cumsum({d})",
+    "{x}.exp() / {x}.exp().sum({d}, keepdim=True)", "{x} / {x}.flip({d})", "{x} / {x}.roll(1, {d})", "{x} / torch.clamp({y}.abs(), 0.01)",
+    "{x} / torch.cat([{y}.narrow({d}, 0, {i}), {x}.narrow({d}, {i}, {n} - {i})], {d})", "{x} / torch.maximum({x}.abs(), {q}.abs())",
+    "{x} / {x}.scatter({d}, torch.zeros_like({x}, dtype=torch.long), {y})", "{x} / torch.expm1({y}.abs())",
+    "{x} / torch.zeros_like({x}).index_add({d}, torch.arange({n}), {x})", "{x} / {x}.gather({d}, torch.zeros_like({x}, dtype=torch.long))",
+    "{x} / torch.slice_scatter({x}, {x}.narrow({d}, 0, 1), {d}, {i}, {i} + 1)", "F.layer_norm({x}, {x}.shape[-1:], eps=0.0)",
+    "F.rms_norm({x}, {x}.shape[-1:], eps=0.0)", "{x} / (torch.tanh({x}) + 1.0)", "{x} / ({y} - {x})", "{x} / torch.hypot({x}, {y})",
+)  # fmt: skip
+"""Divided by what may be zero, where a channel is removed if nowhere else."""
+
 OVER_A_DIM = (
     "{x}.sum({d})", "{x}.sum({d}, keepdim=True)", "{x}.mean({d})", "{x}.mean({d}, keepdim=True)", "{x}.sum(({d}, {e}))",
     "{x}.mean(({d}, {e}), keepdim=True)", "{x}.softmax({d})", "{x}.log_softmax({d})", "{x}.cumsum({d})",
@@ -105,7 +126,7 @@ WRITES = (
     "{x}.add_(1.0)", "{x}.mul_(2.0)", "{x}.add_({b})", "{x}.mul_({b})", "{x}[..., :{j}].add_(1.0)", "{x}[..., {i}].zero_()",
     "{x}.copy_({y})", "{x}.relu_()", "{x}[:, {i}].copy_({x}[:, 0])", "{x}.transpose({d}, {e}).add_(0.5)", "{x}.fill_(0.3)",
     "{x}.masked_fill_({x} > 0.137, 0.2)", "{x}.sub_({q})", "{x}.flatten()[0:2].mul_(0.5)", "{x}.narrow({d}, {i}, {j} - {i}).mul_(-1.0)",
-    "{x}.clamp_(min=-0.3)", "{x}.sigmoid_()", "{x}.select({d}, {i}).add_(0.7)", "{x}.div_({y}.abs() + 1.0)", "{x}.unbind(0)[0].add_(1.0)",
+    "{x}.clamp_(min=-0.3)", "{x}.sigmoid_()", "{x}.select({d}, {i}).add_(0.7)", "{x}.div_({y}.abs() + 1.0)", "{x}.div_({y})", "{x}.unbind(0)[0].add_(1.0)",
 )  # fmt: skip
 
 PLACES = re.compile(r"\{(\w+)\}")

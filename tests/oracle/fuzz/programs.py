@@ -15,7 +15,7 @@ Step = Callable[[Draft, Choose], None]
 
 _LINES = (
     (lines.ELEMENTWISE, lines.line, 12), (lines.NOT_ZERO, lines.line, 5), (lines.BINARY, lines.line, 12),
-    (lines.OVER_A_DIM, lines.line, 6), (lines.VIEWS, lines.line, 8), (lines.PARTS, lines.line, 6),
+    (lines.DIVISORS, lines.line, 4), (lines.OVER_A_DIM, lines.line, 6), (lines.VIEWS, lines.line, 8), (lines.PARTS, lines.line, 6),
     (lines.SEVERAL, lines.several, 5), (lines.PRODUCTS, lines.line, 4), (lines.POSITIONS, lines.line, 5),
     (lines.WRITES, lines.write, 3),
 )  # fmt: skip
