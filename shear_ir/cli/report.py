@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from shear_backends.verify import Report
     from shear_ir.plans import Cut, Plan
     from shear_passes.analysis.find_groups import Groups
-
-# Criteria that look at no data, and the share of a language model that may go by them before it stops making sense.
-_DATA_FREE = ("magnitude", "random", "order")
-_HARMLESS = 0.1
 
 
 @dataclass
@@ -41,14 +38,12 @@ class Pruned:
     @property
     def warnings(self) -> list[str]:
         """Sentences the user should read before using the result."""
-        criterion = str(self.plan.options.get("importance", ""))
-        blind = criterion.partition("{")[0] in _DATA_FREE and not (self.plan.options.keys() & {"repair", "rotate"})
-        if not self.tokens or self.plan.ratio <= _HARMLESS or not blind:
+        from shear_passes.importance import BLIND, HARMLESS, blind_costs
+
+        if not self.tokens or self.plan.ratio <= HARMLESS or self.plan.options.keys() & {"repair", "rotate"}:
             return []
-        return [
-            f"{criterion} looks at no data: a language model that loses {self.plan.ratio:.0%} of its parameters by it "
-            "is ruined until it is trained again, so recover it before use"
-        ]
+        named = dict.fromkeys(_criteria(self.plan.options))
+        return [blind_costs(name) for name in named if name.partition("{")[0] in BLIND]
 
     @property
     def stock(self) -> tuple[bool, str]:
@@ -56,6 +51,12 @@ class Pruned:
         if self.saved is not None:
             return self.saved.stock, self.saved.note
         return _foreseen(self)
+
+
+def _criteria(options: Mapping[str, Any]) -> list[str]:
+    """The criteria by which a plan was made, or the plans that were joined to it."""
+    mine = [str(options["importance"])] if "importance" in options else []
+    return [*mine, *(name for inner in options.values() if isinstance(inner, Mapping) for name in _criteria(inner))]
 
 
 def put(result: Pruned) -> None:

@@ -27,8 +27,11 @@ DEFAULT_WITH_DATA = "flap"
 
 DEFAULT_WITHOUT_DATA = "magnitude"
 
-MAGNITUDE_COSTS = "magnitude alone ruins language models: pass data"
-"""What is said when magnitude is taken because there is no data."""
+BLIND = ("magnitude", "magnitude-l1", "random", "order")
+"""Criteria that look at no data."""
+
+HARMLESS = 0.1
+"""The share of a language model's parameters that may go by them before it stops making sense."""
 
 ENTRY_POINTS = "shear_ir.importance"
 
@@ -65,6 +68,14 @@ def criterion(name: str, seed: int = 0) -> Importance:
     if seed and "seed" in {f.name for f in dataclasses.fields(made)} and "seed=" not in name:
         made = dataclasses.replace(made, **{"seed": seed})
     return made
+
+
+def blind_costs(name: str) -> str:
+    """What it costs to prune a language model by the criterion ``name``, which looks at no data."""
+    return (
+        f"{name} looks at no data: a language model that loses more than {HARMLESS:.0%} of its parameters by it is "
+        "ruined until it is trained again, so give data, or recover it before use"
+    )
 
 
 def default(data: Any) -> str:

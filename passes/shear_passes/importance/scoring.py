@@ -14,7 +14,7 @@ from shear_ir.program import Program
 from shear_passes.importance.base import Importance, Statistic, collect
 from shear_passes.importance.calibration import Calibration, Data, Loss, Progress
 from shear_passes.importance.custom import Function, as_criterion
-from shear_passes.importance.names import MAGNITUDE_COSTS, criterion, default
+from shear_passes.importance.names import blind_costs, criterion, default
 
 Wanted = str | Importance | type[Importance] | Function
 """A criterion by name, as an object, as a class, or as a function of a group and what is known of it."""
@@ -29,7 +29,7 @@ def chosen(wanted: Wanted | None, program: Program, data: Any, seed: int = 0) ->
         wanted = default(data)
         tokens = any(not t.dtype.is_floating_point for name in program.inputs for t in program.types[name])
         if data is None and tokens:
-            warnings.warn(MAGNITUDE_COSTS, UserWarning, stacklevel=3)
+            warnings.warn(blind_costs(wanted), UserWarning, stacklevel=3)
     return criterion(wanted, seed) if isinstance(wanted, str) else as_criterion(wanted)
 
 
