@@ -188,3 +188,8 @@ def test_a_layer_that_fills_a_buffer_for_its_queries_can_go() -> None:
     hook.remove()
     (logits,), (wanted,) = outputs(found.graph(plan), found.feed), expected
     assert torch.allclose(logits, wanted, atol=1e-5)
+
+
+def test_latents_of_attention_are_no_channels_of_experts_or_of_an_mlp() -> None:
+    sizes = {g.size for g in family("deepseek_v3").groups if g.kind == "ffn"}
+    assert sizes == {CHANNELS, _BESIDE["intermediate_size"]}

@@ -10,6 +10,7 @@ from torch import fx
 from shear_ir.axes import Axis, Concat, Dim, Product, atoms, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
+from shear_passes.analysis.latents import latents
 from shear_passes.analysis.lora import find_lora
 from shear_passes.analysis.vanish import Zeros
 from shear_passes.rules.registry import Contraction, Vanish, op_name
@@ -61,7 +62,9 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
     assign(residual & stored, "residual")
     made, read, convolved = _made_and_read(axes)
     assign(convolved, "conv_channel")
-    assign(made & read, "ffn")
+    between = made & read
+    assign(latents(axes, between), "other")
+    assign(between, "ffn")
     return {atom: kinds.get(atom, "other") for atom in slices}
 
 

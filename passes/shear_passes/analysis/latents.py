@@ -1,0 +1,43 @@
+"""Axes that a norm runs over as a product, a table or a sum made them: latents and streams, no channels of an MLP.
+
+A channel of an MLP is activated, alone or by a gate, before anything is made of it. What is normed without (the
+compressed queries, keys and values of latent attention, a stream whose sums are scaled) has a width that a config says
+for all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from shear_ir.axes import Axis, Hold
+from shear_passes.analysis.infer_axes import Axes
+from shear_passes.rules.registry import Vanish, op_name
+
+_SQUARES = ("aten.pow.Tensor_Scalar", "aten.square")
+_ENDS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.embedding", "lora.embedding")
+
+
+def latents(axes: Axes, found: Iterable[Axis]) -> set[Axis]:
+    """Those of ``found`` that only a norm holds, over what no activation came before."""
+    nodes = {node.name: node for node in axes.program.calls()}
+    made = {contraction.node for contraction in axes.contractions if not contraction.mean}
+    held = [(a, nodes.get(a.freeze.at)) for a in found if a.freeze is not None and a.freeze.hold is Hold.NORM]
+    return {atom for atom, norm in held if norm is not None and _as_made(axes, norm, made)}
+
+
+def _as_made(axes: Axes, norm: fx.Node, made: set[fx.Node]) -> bool:
+    """Whether a norm reads a product, rows of a table or a sum, but for its scale, its square, its type and place."""
+    node: object = norm.args[0]
+    while isinstance(node, fx.Node) and node not in made and _passes(axes, node):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and (node in made or op_name(node) in _ENDS)
+
+
+def _passes(axes: Axes, node: fx.Node) -> bool:
+    if op_name(node) == "aten.mul.Tensor":
+        factor = node.args[1]
+        given = not isinstance(factor, fx.Node) or axes.program.param(factor) is not None
+        return given or factor is node.args[0]
+    return op_name(node) in _SQUARES or axes.vanish.get(node.name) is Vanish.MOVED
