@@ -178,6 +178,13 @@ def test_a_layer_that_makes_what_others_read_is_frozen() -> None:
         without(family, 0)
 
 
+def test_of_stages_of_which_one_could_go_the_layers_are_blocks() -> None:
+    recipe = _hub("ConvNextForImageClassification", num_labels=7, hidden_sizes=[8, 12, 16, 20], depths=[2, 1, 2, 1])
+    groups = sir.groups(sir.trace(recipe()))
+    found = [g.module for g in groups.blocks if g.kind == "block" and g.prunable]
+    assert found == [f"convnext.encoder.stages.{stage}.layers" for stage in range(4)]
+
+
 def test_parallel_branches_are_one_block() -> None:
     assert {g.kind for g in deep("gpt_neox").groups.blocks} == {"block"}
 

@@ -167,7 +167,11 @@ def _counting(fields: Sequence[tuple[Field, Any]], kept: Sequence[int], count: i
 
 def _missed(dense: nn.Module, changes: Mapping[Field, Any], target: Mapping[str, Any]) -> int | None:
     """How many tensors a model with these fields has that it should not have, or lacks; None when it is refused."""
-    built = _built(type(dense), _changed(dense.config, changes))
+    try:
+        config = _changed(dense.config, changes)
+    except IndexError:  # a place in a list that another change has shortened
+        return None
+    built = _built(type(dense), config)
     return None if built is None else len(set(_shapes(built).items()) ^ set(target.items()))
 
 

@@ -132,7 +132,7 @@ class _Layers:
             yield "block", _common([b.path for b in alike]), [self._part(b, b.path) for b in alike]
 
     def _lists(self) -> list[tuple[str, list[Unit]]]:
-        """The outermost lists in which a module is a layer that can go; of others, the outermost, which stay."""
+        """The outermost lists of which half can go as layers; of others, as lists of stages, those with none inside."""
         lists = dict.fromkeys(_parent(path) for path in self.program.modules if _last(path).isdigit())
         found: dict[str, list[Unit]] = {}
         stuck: dict[str, list[Unit]] = {}
@@ -140,7 +140,8 @@ class _Layers:
             members = [p for p in self.program.modules if _parent(p) == up and _last(p).isdigit()]
             if any(map(self.of_module.get, members)) and not any(_below(up, other) for other in found):
                 units = [self._layer(path) for path in sorted(members, key=lambda p: int(_last(p)))]
-                (stuck if all(unit.reason for unit in units) else found)[up] = units
+                able = sum(not unit.reason for unit in units)
+                (found if 2 * able >= len(units) else stuck)[up] = units
         for up, units in stuck.items():
             if not any(_below(other, up) or _below(up, other) for other in found):
                 found[up] = units
