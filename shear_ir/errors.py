@@ -19,6 +19,14 @@ class PlanError(ShearError):
     """A plan cannot be made, read, or applied to this model."""
 
 
+class OutOfReach(PlanError):
+    """More is to go than can go."""
+
+
+class TooLittle(PlanError):
+    """Less is to go than the smallest step takes."""
+
+
 class ShearingError(ShearError):
     """A plan is valid but this backend cannot express its result."""
 

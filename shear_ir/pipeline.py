@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from shear_backends.adapters import require_lora
 from shear_backends.config_inference import accepted_counts, infer_config
 from shear_backends.depth import shear_layers, without_layers
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.latency import as_options, by_latency
 from shear_backends.masked_blocks import block_cuts
 from shear_backends.module import require_exact, shear_module
 from shear_backends.project import Projected, project_adapter
@@ -29,6 +30,7 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.adapter_files import adapter_tensors, base_of
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
+from shear_ir.frontend.inputs import device_of, example_inputs
 from shear_ir.frontend.load import load_model
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Costs, Plan
@@ -39,8 +41,8 @@ from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.explain import Explain
 from shear_passes.analysis.explanation import Explanation
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.importance import Magnitude, Scores
-from shear_passes.importance.calibration import Loss, Progress
+from shear_passes.importance import Importance, Magnitude, Scores
+from shear_passes.importance.calibration import Loss, Progress, as_feed
 from shear_passes.importance.scoring import Wanted, chosen, prepared
 from shear_passes.rewrite.drop_blocks import left_of
 from shear_passes.rewrite.raise_lora import raise_lora
@@ -49,6 +51,25 @@ from shear_passes.select import SelectBlocks, SelectByRatio, Selection, selectio
 from shear_passes.select.build import masks_of, removed_by
 from shear_passes.select.by_ratio import Budget
 from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
+
+
+@dataclass(frozen=True, eq=False)
+class Known(Importance):
+    """Scores that were measured before, by the criterion ``called``."""
+
+    called: str
+    scores: Scores
+
+    def __str__(self) -> str:
+        return self.called
+
+    def run(self, program: Program, analyses: AnalysisManager) -> Scores:
+        """They are what they were."""
+        return self.scores
+
+
+MEASURED = 2
+"""Batches of data that a budget of latency is measured on."""
 
 _models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -103,7 +124,7 @@ def plan(
     loss: Loss | None = None,
     progress: Progress | None = None,
     allocation: str = "uniform",
-    budget: Budget = "parameters",
+    budget: Budget | Literal["latency"] = "parameters",
     round_to: int | Mapping[str, int] = 1,
     floor: float = 0.0,
     only: Sequence[str] = (),
@@ -125,14 +146,31 @@ def plan(
     your own; see ``shear_passes.importance``. ``data``: batches of model inputs, mappings or tensors, for criteria
     that look at data; ``loss``: of outputs and batch, where the model gives none. ``progress``: called with batches
     done and their number.
-    ``allocation``: how layers share it: uniform (one config can describe the result), global, isomorphic, or
-    by-knowledge, which needs ``knowledge``: group name to the loss deviation at some shares of its units. The classes
-    of ``shear_passes.select`` describe these and the other options; ``round_to`` may differ by kind.
+    ``budget``: what ``ratio`` is a share of: parameters, bytes, flops, kv_bytes of a generated token, or the latency of
+    a forward pass, measured here in turns with the dense model, on the first batches of ``data`` or example inputs;
+    ``Plan.options`` says what was measured. ``allocation``: how layers share it: uniform (one config can describe the
+    result), global, isomorphic, or by-knowledge, which needs ``knowledge``: group name to the loss deviation at some
+    shares of its units. The classes of ``shear_passes.select`` describe these and the other options; ``round_to`` may
+    differ by kind.
     ``stock``: where the config class of a transformers model refuses the number of heads that would be left (Llama:
     heads must divide the hidden size), take a number beside it that is accepted and let the channels make up for it.
     ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
     Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
+    if budget == "latency":
+        if ratio is None:
+            raise PlanError("a budget of latency needs a ratio, a share of it")
+        data = None if data is None else list(data)
+        within = partial(
+            plan, program, blocks=blocks, block_importance=block_importance, data=data, loss=loss, progress=progress,
+            allocation=allocation, round_to=round_to, floor=floor, only=only, skip=skip, kinds=kinds, seed=seed,
+            stock=stock, frozen=frozen, knowledge=knowledge, weights=weights,
+        )  # fmt: skip
+        if not blocks and not any(kind in BLOCK_KINDS for kind in kinds):
+            criterion = chosen(importance, program, data, seed)
+            (known,) = scores(program, criterion, data=data, loss=loss, progress=progress, seed=seed).values()
+            within, importance = partial(within, data=None), Known(str(criterion), known)
+        return _by_latency(program, ratio, data, partial(within, importance=importance))
     if blocks or any(kind in BLOCK_KINDS for kind in kinds):
         data = None if data is None else list(data)  # depth and width each read it
         wide = [kind for kind in kinds if kind not in BLOCK_KINDS and ratio is not None]
@@ -179,6 +217,18 @@ def plan(
     gaps = {other: gap for other in tried if (gap := _imbalance(fork, other)) < math.inf}
     best = min(gaps, key=gaps.__getitem__, default=None)
     return found if best is None else fork.get(best)
+
+
+def _by_latency(
+    program: Program, ratio: float, data: Sequence[Any] | None, within: Callable[..., Plan]
+) -> Plan:  # fmt: skip
+    """The plan that ``within`` makes for the share of the parameters that saves ``ratio`` of the latency."""
+    model = _model_of(program)
+    if model is None or device_of(model).type == "meta":
+        raise PlanError("a budget of latency is measured, and there are no weights to run: trace a model that has them")
+    feeds = [as_feed(model, batch) for batch in data[:MEASURED]] if data else [example_inputs(model)]
+    found = by_latency(ratio, lambda share: within(ratio=share), lambda each: shear(model, each), model, feeds)
+    return as_options(found, ratio, feeds, bool(data), model)
 
 
 def _share(ratio: float | None, wide: Sequence[str]) -> float:

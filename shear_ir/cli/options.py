@@ -12,7 +12,7 @@ from shear_ir.errors import PlanError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # Spelled here too, so that --help loads no torch; a test compares them.
 Allocation = Literal["uniform", "global", "isomorphic", "by-knowledge"]
-Budget = Literal["parameters", "bytes", "flops", "kv_bytes"]
+Budget = Literal["parameters", "bytes", "flops", "kv_bytes", "latency"]
 Repair = Literal["least-squares", "flap-bias"]
 Rotation = Literal["residual", "heads"]
 
@@ -73,7 +73,9 @@ KnowledgeOption = Annotated[
         show_default=False,
     ),
 ]  # fmt: skip
-BudgetOption = Annotated[Budget | None, typer.Option(help="What --ratio is a share of.", show_default="parameters")]
+BudgetOption = Annotated[
+    Budget | None, typer.Option(help="What --ratio is a share of; latency is measured here.", show_default="parameters")
+]
 FloorOption = Annotated[
     float | None,
     typer.Option(help="The share of its units that stays in every layer at least.", show_default="0", min=0, max=1),

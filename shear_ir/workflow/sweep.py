@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from shear_ir import pipeline
 from shear_ir.errors import PlanError, ShearError
-from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Costs, write_text
 from shear_ir.program import Program
 from shear_ir.repairing import Repairs, named
@@ -26,7 +25,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.rows import Rows
 from shear_ir.workflow.work import alone, digest_of
-from shear_passes.importance import Importance, Scores, criterion
+from shear_passes.importance import criterion
 from shear_passes.select import ALLOCATIONS
 
 NONE = "none"
@@ -142,21 +141,6 @@ def _digest(data: Sequence[Mapping[str, Tensor]]) -> str:
     return hashlib.sha256(b"".join(named + numbers for named, numbers in parts)).hexdigest()
 
 
-@dataclass(frozen=True, eq=False)
-class _Known(Importance):
-    """Scores that were measured before, by the criterion ``called``."""
-
-    called: str
-    scores: Scores
-
-    def __str__(self) -> str:
-        return self.called
-
-    def run(self, program: Program, analyses: AnalysisManager) -> Scores:
-        """They are what they were."""
-        return self.scores
-
-
 class _Bench:
     """What all trials share: scores by criterion, statistics by repair, each measured when it is first asked for."""
 
@@ -189,7 +173,7 @@ class _Bench:
     def _scores(self, name: str) -> Any:
         if name not in self.scored:
             self.scored[name] = pipeline.scores(self.program, name, data=self.data, seed=self.seed)[name]
-        return _Known(name, self.scored[name])
+        return pipeline.Known(name, self.scored[name])
 
     def _repairs(self, name: str) -> Repairs:
         if name not in self.repairs:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from shear_ir.axes import Indices
-from shear_ir.errors import PlanError
+from shear_ir.errors import OutOfReach, PlanError, TooLittle
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -129,14 +129,14 @@ class SelectBlocks(Selection):
                 break
         if gone[-1] < target:
             left = f"{self.floor:g} of the blocks" if self.floor else "one block"
-            raise PlanError(
+            raise OutOfReach(
                 f"a ratio of {self.ratio} cannot be reached: with the kinds {', '.join(self.kinds)} and {left} left in "
                 f"every list, at most {math.floor(1000 * gone[-1] / max(1, total)) / 1000} of the "
                 f"{BUDGETS[self.budget]} can go"
             )
         count = min(range(len(gone)), key=lambda n: abs(gone[n] - target))
         if not count:
-            raise PlanError(f"a ratio of {self.ratio} removes nothing: the smallest step, one block, is larger")
+            raise TooLittle(f"a ratio of {self.ratio} removes nothing: the smallest step, one block, is larger")
         return order[:count]
 
     def _lost(self, program: Program, costs: CostModel, went: Gone) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from shear_ir.axes import Indices
-from shear_ir.errors import PlanError
+from shear_ir.errors import OutOfReach, PlanError, TooLittle
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -153,7 +153,7 @@ class _Solver:
         target = self.asked.ratio * self.total
         most = self.total - self._cost(self._counts(1.0))
         if most < target:
-            raise PlanError(self._too_much(most))
+            raise OutOfReach(self._too_much(most))
         fixed = self._counts(self._bisect(self._counts, target))
         finest = self._finest()
         result = fixed
@@ -162,7 +162,7 @@ class _Solver:
             fine = self._bisect(lambda share: self._mixed(fixed, share, finest), target)
             result = self._mixed(fixed, fine, finest)
         if all(result[g] == g.size for g in self.groups):
-            raise PlanError(
+            raise TooLittle(
                 f"a ratio of {self.asked.ratio} removes nothing: the smallest step, one unit in every layer "
                 f"(round_to {self.asked.round_to}), is larger"
             )
