@@ -17,7 +17,7 @@ from tests.cli.conftest import Shear
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
-    "visualize", "groups", "explain", "dump", "prune", "verify", "opt", "knowledge", "lorashear", "recover", "eval", "project",
+    "visualize", "groups", "explain", "dump", "prune", "verify", "opt", "knowledge", "lorashear", "recover", "sweep", "eval", "project",
 ]  # fmt: skip
 MLP = "tests.cli.factories:mlp"
 
