@@ -149,7 +149,7 @@ def language_model(folder: Path, out: Path, ratio: float) -> dict[str, Any]:
     analysed = took()
     show_groups(groups)
     with timed() as took:
-        plan = sir.plan(program, ratio=ratio)
+        plan = sir.plan(program, ratio=ratio, importance="magnitude")
         small = sir.shear(model, plan)
     pruned = took()
     report = sir.verify(model, small, plan)
@@ -196,7 +196,7 @@ def encoder(folder: Path, out: Path, shares: Sequence[float]) -> list[dict[str, 
     before = similarities(model, tokenizer, SENTENCES)
     rows = []
     for share in shares:
-        plan = sir.plan(program, ratio=share * layers / program.parameter_count)
+        plan = sir.plan(program, ratio=share * layers / program.parameter_count, importance="magnitude")
         small = sir.shear(model, plan)
         report = sir.verify(model, small, plan)
         report.raise_if_unsound()
