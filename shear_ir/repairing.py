@@ -95,6 +95,14 @@ def rotate(
     classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
     """
     _require_merged(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there is nothing to rotate")
+    types = {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
+    if types:  # turned and compared in fp32, and rounded once, at the end
+        turned = rotate(copy.deepcopy(model).float(), what, data=data, inputs=inputs, progress=progress)
+        for name, tensor in tensors_of(turned).items():
+            tensor.data = tensor.data.to(types.get(name, tensor.dtype))
+        return turned
     if what == "heads":
         found = groups(trace(model, inputs))
         consumers = analyses(found.program).get(FindConsumers())

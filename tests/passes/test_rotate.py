@@ -54,6 +54,15 @@ def test_rotated_heads_are_the_same_function(name: str) -> None:
     assert torch.allclose(outputs(rotated), outputs(model), atol=1e-4)
 
 
+def test_a_model_in_bfloat16_is_turned_in_float32_and_rounded_once() -> None:
+    model = build("llama_gqa").bfloat16()
+    rotated = sir.rotate(model, "heads")
+    exact = dict(sir.rotate(build("llama_gqa").bfloat16().float(), "heads").named_parameters())
+    assert all(torch.equal(p, exact[n].bfloat16()) for n, p in rotated.named_parameters())
+    with pytest.raises(PlanError, match="LlamaForCausalLM has only its shapes, no weights: there is nothing to rotate"):
+        sir.rotate(model.to("meta"), "heads")
+
+
 def test_cutting_rotated_heads_is_truncating_the_product_optimally() -> None:
     """Against the Eckart-Young bound, from the singular values of the stacked products of each head."""
     model: Any = build("llama_gqa")
