@@ -99,10 +99,10 @@ def rotate(
         raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there is nothing to rotate")
     types = {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
     if types:  # turned and compared in fp32, and rounded once, at the end
-        turned = rotate(copy.deepcopy(model).float(), what, data=data, inputs=inputs, progress=progress)
-        for name, tensor in tensors_of(turned).items():
+        halved = rotate(copy.deepcopy(model).float(), what, data=data, inputs=inputs, progress=progress)
+        for name, tensor in tensors_of(halved).items():
             tensor.data = tensor.data.to(types.get(name, tensor.dtype))
-        return turned
+        return halved
     if what == "heads":
         found = groups(trace(model, inputs))
         consumers = analyses(found.program).get(FindConsumers())
