@@ -112,7 +112,8 @@ class _Run(fx.Interpreter):
             return super().run(*values, enable_io_processing=False)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_function" or n.target is operator.getitem or "empty" in op_name(n):
+        # Of what a barrier reads nothing is removed; some read how it lies in memory, which copies do not keep.
+        if n.op != "call_function" or n.target is operator.getitem or "empty" in op_name(n) or self._is_barrier(n):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         # Both before the call, which may write to what it reads.
@@ -124,6 +125,9 @@ class _Run(fx.Interpreter):
         if cut is not None:
             self._check_cut(n, result, cut)
         return result
+
+    def _is_barrier(self, node: fx.Node) -> bool:
+        return node.name in self.axes.barriers
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.ops.aten.topk.default:
@@ -174,7 +178,7 @@ class _Run(fx.Interpreter):
     def _cut_operands(self, node: fx.Node) -> Any:
         """The arguments of the call without removed entries; None if it has constants that a rewrite would change."""
         entry = entry_of(node.target) or pointwise_entry(node.target)
-        if entry is None or entry.resize is not None or node.name in self.axes.barriers or not node.all_input_nodes:
+        if entry is None or entry.resize is not None or not node.all_input_nodes:
             return None
 
         def cut(operand: fx.Node) -> Any:
