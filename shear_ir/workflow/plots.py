@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,21 +73,30 @@ def plot_losses(losses: Mapping[str, Mapping[str, Loss]], path: Path) -> None:
 
 def plot_sweep(made: Sweep, path: Path) -> None:
     """A line per way to prune: the mean loss over the share of the parameters that is left."""
-    figure, axes = _figure(14)
+    lines = len({p.trial.label for p in made.points})
+    figure, axes = _figure(24)
+    figure.set_figheight(max(3.6, 0.8 + 0.2 * lines))
     assert made.dense.costs is not None
     whole = made.dense.costs.parameters
-    for number, label in enumerate(dict.fromkeys(p.trial.label for p in made.points)):
+    chosen = list(dict.fromkeys((p.trial.importance, p.trial.allocation) for p in made.points))
+    repairs = list(dict.fromkeys(p.trial.repair for p in made.points))
+    for trial in dict.fromkeys(replace(p.trial, ratio=0.0) for p in made.points):
         mine = sorted(
-            (p.costs.parameters / whole, p.nll) for p in made.points if p.trial.label == label and p.costs is not None
+            (p.costs.parameters / whole, p.nll)
+            for p in made.points
+            if replace(p.trial, ratio=0.0) == trial and p.costs is not None
         )
-        dashed = "--" if number >= len(_COLOURS) else "-"
-        axes.plot(*zip(*mine, strict=True), marker="o", linestyle=dashed, color=_COLOURS[number % 6], label=label)
+        # A colour for what chose the units, a line style for how they were repaired.
+        number = chosen.index((trial.importance, trial.allocation))
+        style, marker = ("-", "--", ":")[repairs.index(trial.repair) % 3], "os^Dv"[number // len(_COLOURS) % 5]
+        axes.plot(*zip(*mine, strict=True), marker=marker, linestyle=style, color=_COLOURS[number % len(_COLOURS)],
+                  label=trial.label)  # fmt: skip
     axes.axhline(made.dense.nll, color=_FROZEN, linewidth=0.8, linestyle=":", label="dense")
     axes.invert_xaxis()
     axes.set_xlabel("share of the parameters that is left")
     axes.set_ylabel("NLL, nats per token")
     axes.set_title("Loss on held-out text, without training")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _write(figure, path)
 
 
