@@ -385,7 +385,8 @@ def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
     require_lora(model)
     if block_cuts(plan.cuts):
         raise PlanError(
-            "whole blocks of a model with adapters stay in its modules: use the graph backend, or merge first"
+            "whole blocks of a model with adapters stay in its modules: use the graph backend, or plan for what PEFT's "
+            "merge_and_unload makes of it"
         )
     base = plain_base(model)
     found = groups(trace(base, inputs))

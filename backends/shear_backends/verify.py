@@ -113,6 +113,9 @@ def masked(model: nn.Module, kept: Kept, routers: Mapping[str, int] | None = Non
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
     reference = copy.deepcopy(model, memo)
+    astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
+    if astray is not None:
+        raise PlanError(f"the plan contradicts itself: it cuts no experts of the router {astray}")
     if routers:
         never_route(reference, {name: (dim, kept[name][dim]) for name, dim in routers.items()})
     return reference

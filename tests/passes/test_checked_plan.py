@@ -50,3 +50,46 @@ def test_a_plan_that_contradicts_itself_is_refused(edit: Edit, sentence: str, ba
     edit(document)
     with pytest.raises(sir.PlanError, match=sentence):
         sir.shear(model, sir.Plan.from_json(json.dumps(document)), backend=backend)
+
+
+def other_blocks(document: dict[str, Any]) -> None:
+    for cut in document["cuts"]:
+        cut["group"] = cut["group"].replace("block", "blocks")
+
+
+def gone_twice(document: dict[str, Any]) -> None:
+    document["gone"] *= 2
+
+
+def gone_elsewhere(document: dict[str, Any]) -> None:
+    document["gone"] = ["model.layers.7"]
+
+
+def without_names(document: dict[str, Any]) -> None:
+    del document["names"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (other_blocks, r"cuts blocks \(2 block units\), which in this model does not exist"),
+        (gone_twice, "the modules that are gone are not those that its cuts remove"),
+        (gone_elsewhere, "the modules that are gone are not those that its cuts remove"),
+        (without_names, "its names are not those of the groups that are left"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["module", "graph"])
+def test_a_plan_of_blocks_that_contradicts_itself_is_refused(edit: Edit, sentence: str, backend: Any) -> None:
+    model = build("llama_gqa")
+    document = json.loads(sir.plan(sir.trace(model), blocks=("model.layers.0",)).to_json())
+    edit(document)
+    with pytest.raises(sir.PlanError, match=sentence):
+        sir.shear(model, sir.Plan.from_json(json.dumps(document)), backend=backend)
+
+
+def test_routers_that_lose_no_experts_are_refused() -> None:
+    model = build("llama_gqa")
+    document = json.loads(sir.plan(sir.trace(model), blocks=("model.layers.0",)).to_json())
+    document["routers"] = {"model.layers.1.mlp.up_proj.weight": 0}
+    with pytest.raises(sir.PlanError, match="it cuts no experts of the router model"):
+        sir.verify(model, model, sir.Plan.from_json(json.dumps(document)))

@@ -56,7 +56,7 @@ def build_plan(
         frozen={g.name: g.reason for g in groups if not g.prunable},
         options=dict(options or {}),
         gone=gone.modules,
-        names={small: name for small, name in names.items() if small != name},
+        names=_renames(names),
         routers=_routers(groups, masks, gone),
     )
 
@@ -64,6 +64,11 @@ def build_plan(
 def _because_aligned(group: Group, count: int) -> str:
     aligned = group.multiple > 1 and count % group.multiple == 0
     return f"; a multiple of {group.multiple}, as the kernel for products by groups wants" if aligned else ""
+
+
+def _renames(names: Mapping[str, str]) -> dict[str, str]:
+    """The groups whose name changes."""
+    return {small: name for small, name in names.items() if small != name}
 
 
 def _routers(groups: Groups, masks: Mapping[Axis, Mask], gone: Gone) -> dict[str, int]:
@@ -84,7 +89,7 @@ def removed(groups: Groups, cuts: Sequence[Cut]) -> Gone:
 def removed_by(groups: Groups, plan: Plan) -> Gone:
     """What goes with the blocks that a plan removes; raises ``PlanError`` where the plan says something else."""
     found = removed(groups, plan.cuts)
-    if set(found.modules) != set(plan.gone):
+    if sorted(found.modules) != sorted(plan.gone):
         raise PlanError("the plan contradicts itself: the modules that are gone are not those that its cuts remove")
     return found
 
@@ -104,6 +109,8 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
             raise PlanError(f"the plan contradicts itself: what it keeps of {name} is not what its cuts leave")
     if dict(plan.routers) != _routers(groups, masks, gone):
         raise PlanError("the plan contradicts itself: its routers are not those of the experts that it cuts")
+    if gone.modules and _renames(plan.names) != _renames(groups.names_without(gone)):
+        raise PlanError("the plan contradicts itself: its names are not those of the groups that are left")
     return masks
 
 
