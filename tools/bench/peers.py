@@ -11,8 +11,8 @@ import torch
 SETTINGS = (
     "torch-pruning's BasePruner, set up as by its own example for language models: the heads of q, k and v are named, "
     "whole heads go and no head dims, group reduction mean. Embedding and head are left out, so that channels and "
-    "heads go and the residual stream stays, as with us; one ratio for both, bisected until the share of the parameters is "
-    "the one asked for. Taylor and activation see the rows that our criteria see."
+    "heads go and the residual stream stays, as with us; one ratio for both, bisected until the share of the "
+    "parameters is the one asked for. Taylor and activation see the rows that our criteria see."
 )
 
 
