@@ -54,6 +54,8 @@ COLUMNS = {
 }
 LARGEST = 8_000_000
 SEARCH_SECONDS = 20.0
+ROUNDS = 3
+LONG_SECONDS = 4.0
 
 
 def names() -> list[str]:
@@ -183,11 +185,15 @@ class Road:
             except Exception:
                 return None
 
-        program, traced = timed(lambda: sir.trace(model))
-        found: Groups
-        found, grouped = timed(lambda: sir.groups(program))
-        # After ours, so that what the first export of a class pays for makes the ratio no better than it is.
-        export = bare()
+        exports, ours = [], []
+        for _ in range(ROUNDS):  # in turn, the least of each: the first pays for imports, any may meet the collector
+            exports.append(bare())
+            program, traced = timed(lambda: sir.trace(model))
+            found, grouped = timed(lambda: sir.groups(program))
+            ours.append((traced + grouped, traced, grouped))
+            if sum(each[0] for each in ours) > LONG_SECONDS:
+                break
+        (_, traced, grouped), export = min(ours), min((e for e in exports if e is not None), default=None)
         self.answer |= {"traced": True, "trace_s": traced, "groups_s": grouped, "nodes": len(program.nodes)}
         if export is not None:
             self.answer |= {"export_s": export, "ratio": (traced + grouped) / export}
