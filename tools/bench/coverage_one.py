@@ -18,6 +18,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -185,11 +186,12 @@ class Road:
             except Exception:
                 return None
 
+        found: Groups
         exports, ours = [], []
         for _ in range(ROUNDS):  # in turn, the least of each: the first pays for imports, any may meet the collector
             exports.append(bare())
-            program, traced = timed(lambda: sir.trace(model))
-            found, grouped = timed(lambda: sir.groups(program))
+            program, traced = timed(partial(sir.trace, model))
+            found, grouped = timed(partial(sir.groups, program))
             ours.append((traced + grouped, traced, grouped))
             if sum(each[0] for each in ours) > LONG_SECONDS:
                 break
