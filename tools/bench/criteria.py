@@ -34,9 +34,14 @@ SHARED = ("magnitude", "taylor", "flap")
 RECOVERED = (
     ("magnitude", "uniform", "none"), ("taylor", "uniform", "none"), ("flap", "uniform", "none"),
     ("taylor", "uniform", "least-squares"), ("flap", "uniform", "least-squares"),
-    ("taylor", "by-knowledge", "least-squares"),
+    ("taylor", "by-knowledge", "least-squares"), ("flap", "by-knowledge", "least-squares"),
 )  # fmt: skip
 """What the small recovery is tried on: criterion, allocation, repair."""
+PEERS = {
+    "torch-pruning magnitude": "", "torch-pruning Taylor": "", "torch-pruning activation": "",
+    "shear-ir magnitude": "magnitude", "shear-ir Taylor": "taylor", "shear-ir flap": "flap",
+}  # fmt: skip
+"""Rows of the table of peers; of ours, the criterion."""
 ENCODER = ("random", "magnitude", "wanda", "flap", "minitron")
 ROWS = 96
 ENCODED = 160
@@ -100,10 +105,10 @@ class _Bench:
         return made
 
     def peers(self) -> list[dict[str, Any]]:
-        """torch-pruning on the same model, rows and ratios."""
+        """torch-pruning on the same model, rows and ratios, and shear-ir confined to what that can remove."""
         return [
             self._kept(f"peer-{name}-{ratio}", partial(self._peer, name, ratio))
-            for name, ratio in product(("magnitude", "taylor", "activation"), RATIOS)
+            for name, ratio in product(PEERS, RATIOS)
         ]
 
     def encoder(self) -> list[dict[str, Any]]:
@@ -143,7 +148,7 @@ class _Bench:
                 knowledge=self._knowledge(), seed=self.seed,
             )  # fmt: skip
             ready = self.model if repair == "none" else sir.repair(self.model, plan, repair, data=self.batches)
-            settings = Recovery(rank=32, alpha=64, dropout=0.0, lr=5e-3, warmup=0.1, schedule="cosine", batch=8,
+            settings = Recovery(rank=32, alpha=64, dropout=0.0, lr=2e-3, warmup=0.1, schedule="cosine", batch=8,
                                 rows_per_round=240, epochs=1, max_rounds=1, seed=self.seed, dynamic=False)  # fmt: skip
             folder = self.folder / "recovery" / f"{ratio}-{name}-{allocation}-{repair}"
             dense = dict.fromkeys(self.sources, 0.0)
@@ -153,12 +158,20 @@ class _Bench:
         return make
 
     def _peer(self, name: str, ratio: float) -> dict[str, Any]:
+        import shear_ir as sir
         from shear_ir.training.evaluate import evaluate
         from tools.bench.peers import pruned
 
         row: dict[str, Any] = {"importance": name, "ratio": ratio}
         try:
-            made, really = pruned(self.model, name, ratio, self.batches)
+            if ours := PEERS[name]:
+                plan = sir.plan(
+                    sir.trace(self.model), ratio=ratio, importance=ours, data=self.batches, kinds=("ffn",),
+                    seed=self.seed,
+                )  # fmt: skip
+                made, really = sir.shear(self.model, plan), plan.ratio
+            else:
+                made, really = pruned(self.model, name.split()[1].lower(), ratio, self.batches)
             losses = {n: evaluate(made, rows).nll for n, rows in self.held.items()}
         except Exception as failure:  # whatever stops another project's code is the measurement
             return {
