@@ -55,6 +55,7 @@ class Tally:
     bare: int = 0
     plans: int = 0
     moved: int = 0
+    undefined: int = 0
     seconds: float = 0.0
     broken: list[tuple[str, str]] = field(default_factory=list)
 
@@ -100,7 +101,7 @@ def _try_one(sketch: Sketch, tally: Tally, seed: int) -> None:
         return
     if seen.untraced:
         tally.untraced[seen.untraced.partition(". Pass inputs")[0][:160]] += 1
-    for name in ("ops", "frozen", "modules", "groups", "prunable", "plans", "moved"):
+    for name in ("ops", "frozen", "modules", "groups", "prunable", "plans", "moved", "undefined"):
         setattr(tally, name, getattr(tally, name) + getattr(seen, name))
     tally.bare += not seen.prunable
 
@@ -140,6 +141,7 @@ def table(whole: Tally) -> Table:
         "distinct operators": f"{len(whole.ops)}, called {whole.ops.total():,} times",
         "groups": f"{whole.groups:,}, {whole.prunable / max(whole.groups, 1):.1%} of them prunable",
         "plans compared": f"{whole.plans:,}, {whole.moved / max(whole.plans, 1):.1%} of them moved the outputs",
+        "without a value by chance": f"{whole.undefined:,}, such as 0 / 0, not compared",
         "cut in the modules": f"{whole.modules['cut']:,}, refused {whole.modules['refused']:,}",
         "CPU seconds": f"{whole.seconds:,.0f}, {1000 * whole.seconds / max(checked, 1):.0f} ms a program",
         "broken": str(len(whole.broken)),

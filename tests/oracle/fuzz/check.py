@@ -45,6 +45,9 @@ from tests.oracle.locality import check_calls
 
 TOLERANCE = 1e-9
 Run = Callable[[Inputs], tuple[Tensor, ...]]
+Rebuild = Callable[[int], nn.Module]
+WEIGHTS = range(1, 17)
+"""Seeds of other weights, with which a program that has no value by chance shows it."""
 
 
 class Broken(AssertionError):
@@ -53,7 +56,8 @@ class Broken(AssertionError):
 
 @dataclass
 class Seen:
-    """What one program exercised. ``moved``: plans that changed the outputs; ``modules``: cut in the modules, refused."""
+    """What one program exercised. ``moved``: plans that changed the outputs; ``modules``: cut in the modules, refused;
+    ``undefined``: plans with which the masked original has no value, nor the original itself with some other weights."""
 
     ops: Counter[str] = field(default_factory=Counter)
     groups: int = 0
@@ -61,6 +65,7 @@ class Seen:
     frozen: Counter[str] = field(default_factory=Counter)
     plans: int = 0
     moved: int = 0
+    undefined: int = 0
     modules: Counter[str] = field(default_factory=Counter)
     untraced: str = ""
 
@@ -86,16 +91,16 @@ def check(sketch: Sketch, *, seed: int = 0, thorough: bool = False) -> Seen:
         model = sketch.build()
         feeds = [sketch.feed(0), sketch.feed(1)]
         if thorough:
-            seen = check_model(model, feeds, seed=seed)
+            seen = check_model(model, feeds, seed=seed, rebuild=sketch.build)
             if not seen.untraced:
                 _same_operators(seen, quick_trace(model, feeds[0]))
             return seen
-        return check_quickly(model, feeds, seed=seed)
+        return check_quickly(model, feeds, seed=seed, rebuild=sketch.build)
 
 
-def check_quickly(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0) -> Seen:
+def check_quickly(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0, rebuild: Rebuild | None = None) -> Seen:
     """As ``check`` without ``thorough``, for any module that the quick tracer can trace."""
-    case = _Case(model, feeds, quick_trace(model, feeds[0]), random.Random(seed))
+    case = _Case(model, feeds, quick_trace(model, feeds[0]), random.Random(seed), rebuild=rebuild)
     case.check_plans()
     if seed % 4 == 0:
         case.check_names()
@@ -103,13 +108,13 @@ def check_quickly(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0) -
     return case.seen
 
 
-def check_model(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0) -> Seen:
-    """All of it, for any module; it is traced with the first of ``feeds``."""
+def check_model(model: nn.Module, feeds: Sequence[Inputs], *, seed: int = 0, rebuild: Rebuild | None = None) -> Seen:
+    """All of it, for any module; it is traced with the first of ``feeds``. ``rebuild``: it with other weights."""
     try:
         program = sir.trace(model, feeds[0])
     except sir.TraceError as failure:
         return Seen(untraced=str(failure))
-    case = _Case(model, feeds, program, random.Random(seed), thorough=True)
+    case = _Case(model, feeds, program, random.Random(seed), thorough=True, rebuild=rebuild)
     case.check_names()
     case.check_locality()
     case.check_plans()
@@ -127,9 +132,11 @@ class _Case:
     """One module, its program and its groups."""
 
     def __init__(
-        self, model: nn.Module, feeds: Sequence[Inputs], program: Program, rng: random.Random, thorough: bool = False
-    ) -> None:
+        self, model: nn.Module, feeds: Sequence[Inputs], program: Program, rng: random.Random, thorough: bool = False,
+        rebuild: Rebuild | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.feeds, self.program, self.rng, self.thorough = model, feeds, program, rng, thorough
+        self.rebuild = rebuild
         self.groups = sir.groups(program)
         # Whole blocks are modules, of which only torch.export knows.
         wide = [g for g in (self.groups if thorough else self.groups.of_axes) if g.size > 1]
@@ -209,9 +216,19 @@ class _Case:
             found = run(feed)
             gap = _gap(expected, found)
             if not gap <= TOLERANCE:
+                if self.undefined(expected, feed):
+                    self.seen.undefined += 1
+                    return
                 raise Broken(f"{what} differs from the masked original by {gap:.3g} with {_cuts(plan)}")
             moved = max(moved, _gap(expected, dense))
         self.seen.moved += moved > 1e-6
+
+    def undefined(self, expected: Sequence[Tensor], feed: Inputs) -> bool:
+        """Whether there is no value, and the program as it is has none either with some weights, such as 0 / 0."""
+        if self.rebuild is None or all(bool(t.isfinite().all()) for t in expected):
+            return False
+        drawn = (_outputs(self.rebuild(seed), feed) for seed in WEIGHTS)
+        return any(not t.isfinite().all() for outputs in drawn for t in outputs)
 
     def check_twice(self, first: Plan) -> None:
         """The sheared program has the groups that are left, and a second cut composes with the first."""

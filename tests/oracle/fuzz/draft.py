@@ -72,10 +72,10 @@ class Sketch:
         generator = torch.Generator().manual_seed(seed)
         return {name: _input(name, shape, generator) for name, shape in self.inputs.items()}
 
-    def build(self) -> nn.Module:
-        """The module in evaluation mode, no tensor of it zero or one throughout."""
+    def build(self, seed: int = 0) -> nn.Module:
+        """The module in evaluation mode with random tensors, none of them zero or one throughout."""
         space: dict[str, Any] = {}
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         exec(compile(self.source, "<program>", "exec"), space)  # the text is our own
         model: nn.Module = space["Program"]()
         with torch.no_grad():
