@@ -77,7 +77,7 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
     shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in feed.values())} if dynamic else None
 
     def attempt() -> ExportedProgram:
-        return _settled(export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False))
+        return _settled(_unbatched(export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False)))
 
     failure: Exception
     for patches in (contextlib.nullcontext, _transformers_patches):
@@ -98,6 +98,15 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
         except Exception as raised:
             failure = raised
     raise _trace_error(model, failure) from failure
+
+
+def _unbatched(exported: ExportedProgram) -> ExportedProgram:
+    """The program with every ``vmap`` worked out: its calls, read as they stand, have one dim less than their values.
+
+    Torch's own way to do that traces the whole program anew.
+    """
+    mapped = any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in exported.graph.nodes)
+    return exported.run_decompositions({}) if mapped else exported
 
 
 class _UnsettledError(Exception):
