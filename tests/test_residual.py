@@ -154,6 +154,26 @@ def test_a_norm_without_a_weight_cannot_carry_the_factor() -> None:
     assert sir.verify(family.model, sir.shear(family.model, plan, backend="graph"), plan).sound
 
 
+def test_a_mean_that_does_more_than_divide_has_no_factor_for_a_weight() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(9, 22)
+            self.weight = nn.Parameter(torch.ones(22))
+            self.head = nn.Linear(22, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(self.weight * x * torch.tanh(x.pow(2).mean(-1, keepdim=True)))
+
+    family = trace(Centred().eval())
+    group = next(g for g in family.groups if g.rescalable)
+    plan = family.without({group: units(group, 0.4)})
+    with pytest.raises(sir.ShearingError, match="is no division by it or by its root"):
+        sir.shear(family.model, plan)
+    assert sir.verify(family.model, sir.shear(family.model, plan, backend="graph"), plan).sound
+
+
 def test_a_fix_says_what_becomes_of_a_norm() -> None:
     family = traced("gemma3_text")
     plan = family.without({g: range(8) for g in family.groups if g.kind == "residual"})

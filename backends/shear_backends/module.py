@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,7 +144,7 @@ def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Se
 def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
     """The weight of a norm that lost channels, scaled so that it computes what it did over the others."""
     with torch.no_grad():
-        return (weight + fix.offset) * math.sqrt(fix.factor) - fix.offset
+        return (weight + fix.offset) * fix.factor**fix.power - fix.offset
 
 
 def _set_eps(module: nn.Module, fix: NormFix) -> None:

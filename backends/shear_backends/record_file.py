@@ -31,6 +31,7 @@ class _NormDocument(_Strict):
     parameter: str
     offset: float
     factor: float
+    power: float = 0.5
 
 
 class _GatherDocument(_Strict):

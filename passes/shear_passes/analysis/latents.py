@@ -22,7 +22,7 @@ _ENDS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.embeddi
 def latents(axes: Axes, found: Iterable[Axis]) -> set[Axis]:
     """Those of ``found`` that only a norm holds, over what no activation came before."""
     nodes = {node.name: node for node in axes.program.calls()}
-    made = {contraction.node for contraction in axes.contractions if not contraction.mean}
+    made = {contraction.node for contraction in axes.contractions if len(contraction.operands) > 1}
     held = [(a, nodes.get(a.freeze.at)) for a in found if a.freeze is not None and a.freeze.hold is Hold.NORM]
     return {atom for atom, norm in held if norm is not None and _as_made(axes, norm, made)}
 

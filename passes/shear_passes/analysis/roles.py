@@ -125,7 +125,8 @@ def _lora_ranks(program: Program, axes: Axes) -> set[Axis]:
 def _residual(program: Program, axes: Axes) -> set[Axis]:
     """Axes of sums in which one term was made from the other: the stream that blocks add to."""
     order = {node: place for place, node in enumerate(program.nodes)}
-    contracting = {c.node for c in axes.contractions}
+    # Products: a norm's own sums map nothing.
+    contracting = {c.node for c in axes.contractions if len(c.operands) > 1}
     found: set[Axis] = set()
     for node in program.calls():
         if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):

@@ -1,8 +1,9 @@
 """Exact RMS norms on fewer channels: ``weight * sqrt(d/d')`` and ``eps * d/d'`` (DESIGN section 1.3).
 
 The masked norm is ``x / sqrt(S/d + eps) * w`` with ``S`` the sum of squares of the kept channels; the norm over the
-d' kept ones is ``x / sqrt(S/d' + eps') * w'``, and the two are equal for the values above. The graph backend rescales
-the mean itself; this says what a backend that keeps the modules has to change in them.
+d' kept ones is ``x / sqrt(S/d' + eps') * w'``, and the two are equal for the values above. One that divides by the mean
+itself, as global response normalisation does, has ``weight * d/d'``. The graph backend rescales the mean itself; this
+says what a backend that keeps the modules has to change in them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from shear_passes.rules.registry import Contraction, op_name
 
 aten = torch.ops.aten
 
+_AS_IS = ("aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy", "aten.alias", "aten.detach")
+
 
 @dataclass(frozen=True)
 class NormFix:
     """One norm: its module, its old ``eps``, the parameter that scales it as ``(parameter + offset)``.
 
-    ``factor`` is d/d': the new parameter is ``(p + offset) * sqrt(factor) - offset``, the new eps ``eps * factor``.
+    ``factor`` is d/d', ``power`` that of the mean which the norm divides by: the new parameter is
+    ``(p + offset) * factor**power - offset``, the new eps ``eps * factor``.
     """
 
     module: str
@@ -36,6 +40,7 @@ class NormFix:
     parameter: str
     offset: float
     factor: float
+    power: float = 0.5
 
 
 def norm_fixes(groups: Groups, masks: Mapping[Axis, Mask]) -> list[NormFix]:
@@ -55,18 +60,45 @@ def _factor(made: Contraction, masks: Mapping[Axis, Mask]) -> float:
 
 
 def _fix(program: Program, groups: Groups, made: Contraction, factor: float) -> NormFix:
-    eps = _own_eps(program, made.node)
+    eps, power = _own_eps(program, made.node), _power(made.node)
+    if power is None:
+        raise ShearingError(
+            f"what is made of the mean at {module_path(made.node) or 'the root'} is no division by it or by its root, "
+            "so a weight cannot carry the factor of a narrower axis: use the graph backend"
+        )
     for node in _readers(made.node):
         if op_name(node) == "aten.add.Tensor" and eps is None and isinstance(node.args[1], float):
             eps = node.args[1]
         for operand in node.all_input_nodes:
             found = scale_of(program, operand)
             if op_name(node) in ("aten.mul.Tensor", "aten.rms_norm") and found is not None:
-                return NormFix(module_path(made.node), eps, found[0], found[1], factor)
+                return NormFix(module_path(made.node), eps, found[0], found[1], factor, power)
     raise ShearingError(
         f"the norm at {module_path(made.node) or 'the root'} has no weight that could carry the factor of a narrower "
         "axis: use the graph backend"
     )
+
+
+def _power(mean: fx.Node) -> float | None:
+    """The power of a mean, with its eps, that all is divided by; None where it is used in another way."""
+    if op_name(mean) == "aten.rms_norm":
+        return 0.5
+    node, power = mean, 1.0
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = op_name(user)
+        if name == "aten.rsqrt":
+            return power / 2
+        if name == "aten.reciprocal" or (name == "aten.div.Tensor" and user.args[1] is node):
+            return power
+        if name == "aten.pow.Tensor_Scalar" and user.args[1] == -0.5:
+            return power / 2
+        if name == "aten.sqrt" or (name == "aten.pow.Tensor_Scalar" and user.args[1] == 0.5):
+            power /= 2
+        elif not (name in _AS_IS or (name == "aten.add.Tensor" and power == 1 and isinstance(user.args[1], float))):
+            return None
+        node = user
+    return None
 
 
 def _own_eps(program: Program, node: fx.Node) -> float | None:
@@ -95,7 +127,7 @@ def scale_of(program: Program, node: fx.Node) -> tuple[str, float] | None:
     while program.param(node) is None:
         if op_name(node) == "aten.add.Tensor" and isinstance(node.args[1], int | float):
             offset += float(node.args[1])
-        elif op_name(node) not in ("aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy"):
+        elif op_name(node) not in _AS_IS:
             return None
         first = node.args[0]
         if not isinstance(first, fx.Node):
