@@ -128,6 +128,7 @@ def _here(recipe: Recipe, view: BaseView) -> Recipe:
         {path: dict(values) for own, values in recipe.attributes.items() for path in view.modules[own]},
         tuple(fix for own in recipe.norms for fix in _fixes(own, view)),
         tuple(replace(g, module=path) for g in recipe.gathers for path in view.modules[g.module]),
+        tuple(replace(f, module=path) for f in recipe.fits for path in view.modules[f.module]),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shear_backends import attributes
 from shear_backends.attributes import Overrides, apply_attributes
 from shear_backends.config_inference import infer_config
+from shear_backends.fits import Fit, find_fits, install_fits
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.layers import drop_layers, moved, stays
@@ -37,8 +38,9 @@ RECORD = "shear_record"
 class Record:
     """How a sheared model came about, kept on it as ``shear_record``: enough to build it again from its dense class.
 
-    ``plan``: all cuts so far as one. ``config``: the dense model's config. ``attributes``, ``norms``, ``gathers``:
-    what differs from the dense modules beside the tensors. ``stock``: whether the model's own config builds it.
+    ``plan``: all cuts so far as one. ``config``: the dense model's config. ``attributes``, ``norms``, ``gathers``,
+    ``fits``: what differs from the dense modules beside the tensors. ``stock``: whether the model's own config builds
+    it.
     """
 
     plan: Plan
@@ -47,6 +49,7 @@ class Record:
     attributes: Overrides = field(default_factory=dict)
     norms: tuple[NormFix, ...] = ()
     gathers: tuple[Gather, ...] = ()
+    fits: tuple[Fit, ...] = ()
 
 
 def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> nn.Module:
@@ -68,6 +71,7 @@ class Recipe:
     attributes: Overrides = field(default_factory=dict)
     norms: tuple[NormFix, ...] = ()
     gathers: tuple[Gather, ...] = ()
+    fits: tuple[Fit, ...] = ()
 
 
 def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> Recipe:
@@ -78,9 +82,14 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     judge = Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
     cuts = cut_by_id(model, plan.kept, norms)
+    fits = find_fits(groups, masks)
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
         if judge.agrees(build(model, cuts, recipe)):
             return recipe
+        if judge.failed and recipe.config is None and fits:
+            fitted = replace(recipe, fits=fits)
+            if judge.agrees(build(model, cuts, fitted)):
+                return fitted
     judge.require_trace(model)
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
@@ -138,6 +147,7 @@ def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Se
     for fix in recipe.norms:
         _set_eps(small.get_submodule(fix.module), fix)
     install(small, list(recipe.gathers))
+    install_fits(small, recipe.fits)
     return small
 
 
@@ -191,7 +201,7 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
     """``small`` with its record attached, joined with that of earlier cuts."""
     stock = recipe.config is not None
-    record = Record(plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers)
+    record = Record(plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers, recipe.fits)
     # Not getattr: a PEFT model answers with what its base has.
     first: Record | None = vars(model).get(RECORD)
     if first is not None:
@@ -207,6 +217,7 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
             attributes=merged,
             norms=(*first.norms, *record.norms),
             gathers=(*first.gathers, *record.gathers),
+            fits=(*first.fits, *record.fits),
         )
     object.__setattr__(small, RECORD, record)
     return small
@@ -223,6 +234,7 @@ def _behind(record: Record, gone: Sequence[str]) -> Record:
             if stays(n.module, gone)
         ),
         gathers=tuple(replace(g, module=moved(g.module, gone)) for g in record.gathers if stays(g.module, gone)),
+        fits=tuple(replace(f, module=moved(f.module, gone)) for f in record.fits if stays(f.module, gone)),
     )
 
 
@@ -243,6 +255,7 @@ class Judge:
         self.program: Program = shear_program(groups, plan)
         self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         self.why = ""  # what speaks against the first candidate, the likeliest
+        self.failed = False  # whether the latest candidate could not be run
         if not self.meta:
             named = tensors_of(model)
             owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
@@ -253,12 +266,14 @@ class Judge:
 
     def agrees(self, small: nn.Module) -> bool:
         """Whether ``small`` computes the sheared graph's function; on the meta device, its graph."""
+        self.failed = False
         try:
             if self.meta:
                 return self._same_graph(small)
             with evaluation(small), torch.no_grad():
                 gap = difference(self.expected, run(small, self.feed))
         except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
+            self.failed = True
             self.why = (
                 self.why or f" ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
             )

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from shear_backends.attributes import Overrides
+from shear_backends.fits import Fit
 from shear_backends.gathers import Gather
 from shear_backends.module import Record
 from shear_ir.errors import LoadError
@@ -42,6 +43,14 @@ class _GatherDocument(_Strict):
     kept: list[int]
 
 
+class _FitDocument(_Strict):
+    module: str
+    rank: int
+    places: tuple[int, ...]
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+
+
 class RecordDocument(_Strict):
     """The file that says how a sheared model came about; the plan lies beside it."""
 
@@ -52,6 +61,7 @@ class RecordDocument(_Strict):
     attributes: dict[str, dict[str, int | list[int]]]
     norms: list[_NormDocument]
     gathers: list[_GatherDocument]
+    fits: list[_FitDocument] = []
 
     def record(self, plan: Plan) -> Record:
         """The record of the file, with the plan that lies beside it."""
@@ -59,6 +69,7 @@ class RecordDocument(_Strict):
             plan, self.config, self.stock, self.attributes,
             tuple(NormFix(**n.model_dump()) for n in self.norms),
             tuple(Gather(**{**g.model_dump(), "kept": tuple(g.kept)}) for g in self.gathers),
+            tuple(Fit(**f.model_dump()) for f in self.fits),
         )  # fmt: skip
 
 
@@ -73,6 +84,7 @@ def write_record(folder: Path, model: nn.Module, record: Record) -> None:
         attributes=attributes,
         norms=[_NormDocument(**asdict(n)) for n in record.norms],
         gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
+        fits=[_FitDocument(**asdict(f)) for f in record.fits],
     )
     write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
 

@@ -99,7 +99,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code:
     adapted = with_adapters(small, folder)
     if (folder / ADAPTERS / PLAN_FILE).is_file():
         record: Record = vars(small)[RECORD]
-        whole = replace(record, plan=Plan.load(folder / ADAPTERS / PLAN_FILE), attributes={}, norms=(), gathers=())
+        plan = Plan.load(folder / ADAPTERS / PLAN_FILE)
+        whole = replace(record, plan=plan, attributes={}, norms=(), gathers=(), fits=())
         object.__setattr__(adapted, RECORD, whole)
     return adapted
 
@@ -219,6 +220,13 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
         _submodule(folder, dense, gather.module, record.plan.gone)
         if gather.period < 1 or not gather.kept or not all(0 <= i < gather.period for i in gather.kept):
             raise LoadError(f"{folder / RECORD_FILE} gathers entries of {gather.module} that cannot be there")
+    for fit in record.fits:
+        _submodule(folder, dense, fit.module, record.plan.gone)
+        places = set(fit.places)
+        if not len(places) == len(fit.places) == len(fit.old) == len(fit.new) or not places <= set(range(fit.rank)):
+            raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that cannot be there")
+        if any(not 0 < new < old <= 2**24 for old, new in zip(fit.old, fit.new, strict=True)):
+            raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that no cut leaves")
     for norm in record.norms:
         _submodule(folder, dense, norm.module, record.plan.gone)
         if not 1.0 <= norm.factor <= 2**24:
@@ -235,7 +243,7 @@ def _submodule(folder: Path, dense: nn.Module, path: str, gone: Sequence[str]) -
 def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
     _check(folder, dense, record)
     try:
-        recipe = Recipe(None, record.attributes, record.norms, record.gathers)
+        recipe = Recipe(None, record.attributes, record.norms, record.gathers, record.fits)
         small = build(dense, cut_by_id(dense, record.plan.kept), recipe, record.plan.gone)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure

@@ -48,6 +48,14 @@ def gather(record: dict[str, Any]) -> None:
     record["gathers"] = [{"module": "transformer", "argument": 0, "dim": 0, "period": 0, "kept": [0]}]
 
 
+def fit(record: dict[str, Any]) -> None:
+    record["fits"] = [{"module": "transformer", "rank": 2, "places": [2], "old": [8], "new": [6]}]
+
+
+def wider(record: dict[str, Any]) -> None:
+    record["fits"] = [{"module": "transformer", "rank": 2, "places": [1], "old": [8], "new": [9]}]
+
+
 def config(record: dict[str, Any]) -> None:
     record["config"]["n_embd"] = 96
 
@@ -61,6 +69,8 @@ def config(record: dict[str, Any]) -> None:
         attribute("nf", -5),
         attribute("nf", 10**12),
         gather,
+        fit,
+        wider,
         config,
         lambda record: record.update(format="shear-ir record 9"),
     ],

@@ -1,0 +1,87 @@
+"""Sizes that forward takes from the width of its input: heads leave all the same, and what stays saves and cuts again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+from shear_backends.fits import Fit, install_fits
+from tests.roads import outputs, same, trace
+from tests.zoo import randomised
+
+
+class WideAttention(nn.Module):
+    """Attention whose heads together are as wide as what it reads: its code knows no other width."""
+
+    def __init__(self, hidden: int = 24, heads: int = 6) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, hidden // heads
+        self.q, self.k, self.v, self.o = (nn.Linear(hidden, hidden) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = (p(x).view(batch, length, self.heads, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.o(mixed.reshape(batch, length, width))  # type: ignore[no-any-return]
+
+
+class WideGate(nn.Module):
+    """Two halves and a scale laid end to end, split by the width of the input."""
+
+    def __init__(self, hidden: int = 12) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(hidden, 2 * hidden + 3), nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, scale = torch.split(self.into(x), (x.shape[-1], x.shape[-1], 3), dim=-1)
+        return self.out(a * b.tanh()) + x * scale.sum(-1, keepdim=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("model", "kind"), [(WideAttention(), "kv_head"), (WideGate(), "ffn")])
+def test_what_is_as_wide_as_the_input_gets_narrower(model: nn.Module, kind: str) -> None:
+    family = trace(randomised(model))
+    (group,) = family.able(kind)
+    plan = family.without({group: [0, 3]})
+    small = sir.shear(family.model, plan)
+    width = next(p for p in model.parameters()).shape[-1]
+    report = sir.verify(family.model, small, plan, [{"x": torch.randn(2, n, width)} for n in (7, width, 17)])
+    assert report.sound
+    assert report.moved > 0.01
+    assert same(outputs(small, family.feed), outputs(copy.deepcopy(small), family.feed))
+
+
+def test_a_narrower_one_is_saved_loaded_and_pruned_again(tmp_path: Path) -> None:
+    family = trace(randomised(WideAttention()))
+    (group,) = family.able("kv_head")
+    once = sir.shear(family.model, family.without({group: [0, 3]}))
+    sir.save(once, tmp_path / "out")
+    again = sir.load(tmp_path / "out", WideAttention())
+    assert same(outputs(once, family.feed), outputs(again, family.feed))
+    second = trace(again)
+    (rest,) = second.able("kv_head")
+    assert rest.size == 4
+    twice = sir.shear(again, second.without({rest: [1]}))
+    assert sir.verify(family.model, twice, twice.shear_record.plan, family.feed).sound
+    assert same(outputs(twice, family.feed), outputs(copy.deepcopy(twice), family.feed))
+
+
+class Viewing(nn.Module):
+    def forward(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        return x.view(sizes)
+
+
+def test_only_a_size_that_cannot_be_had_is_mended() -> None:
+    model = Viewing()
+    install_fits(model, [Fit("", 2, (1,), (8,), (6,)), Fit("", 2, (1,), (6,), (2,))])
+    assert model(torch.zeros(48), (6, 8)).shape == (6, 8)
+    assert model(torch.zeros(36), (6, 8)).shape == (6, 6)
+    assert model(torch.zeros(12), (6, 8)).shape == (6, 2)
+    with pytest.raises(RuntimeError, match="invalid"):
+        model(torch.zeros(36), (-1, 8))
+    with pytest.raises(RuntimeError, match="invalid"):
+        model(torch.zeros(30), (6, 8))
