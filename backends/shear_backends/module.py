@@ -22,6 +22,7 @@ from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
 from shear_ir.plans import Kept, Plan
 from shear_ir.program import Program
@@ -139,6 +140,7 @@ def with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tenso
 def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Sequence[str] = ()) -> nn.Module:
     """A copy of ``model`` over the tensors of ``cuts``, without the layers ``gone``, with what ``recipe`` sets."""
     small = copy.deepcopy(model, dict(cuts))
+    forget_kept(small)
     if gone:
         drop_layers(small, gone, model)
     if recipe.config is not None:

@@ -23,6 +23,7 @@ from shear_ir.errors import PlanError, UnsoundError
 from shear_ir.frontend.adapters import find_adapters
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
+from shear_ir.frontend.kept import forget_kept
 from shear_ir.plans import Kept, Plan
 
 TOLERANCE = 1e-5
@@ -113,6 +114,7 @@ def masked(model: nn.Module, kept: Kept, routers: Mapping[str, int] | None = Non
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
     reference = copy.deepcopy(model, memo)
+    forget_kept(reference)
     astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
     if astray is not None:
         raise PlanError(f"the plan contradicts itself: it cuts no experts of the router {astray}")

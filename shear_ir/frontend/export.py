@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_conc
 
 from shear_ir.errors import TraceError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
@@ -175,6 +176,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     """Trace in evaluation mode, without torch's warnings for correct models and its log of what ``TraceError`` says."""
     training = {module: module.training for module in model.modules()}
     silent = logging.root.manager.disable
+    forget_kept(model)
     try:
         model.eval()
         logging.disable(max(silent, logging.ERROR))
@@ -185,6 +187,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         logging.disable(silent)
         for module, mode in training.items():
             module.training = mode
+        forget_kept(model)
 
 
 @contextlib.contextmanager
