@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
-from shear_ir.training.saliency import DEFAULT_WEIGHTS, check_weights, saliency
+from shear_ir.training.saliency import DEFAULT_WEIGHTS, Measured, check_weights, saliency
 from shear_ir.training.schedule import Periods
 from shear_ir.training.units import Place, Units, along, require_no_dropout
 from shear_passes.analysis.find_groups import Groups
@@ -25,17 +25,21 @@ class LHSPG(torch.optim.Optimizer):
     end the adapters of the important units are merged into the base, and the least salient of them become redundant.
 
     ``groups``: those of the traced model, with or without its adapters. ``targets``: group name to the number of its
-    units that become zero. ``compete``: only the sum of the targets over a kind counts and units of a kind compete
-    across layers; at least one stays in every group. Usable in any loop: ``zero_grad``, ``backward``, ``step``. Base
-    weights change too: save ``base_tensors()`` beside ``state_dict()``. Raises ``PlanError`` (see also ``Units``).
+    units that become zero. ``criteria`` weighs those of ``shear_ir.training.saliency`` and, by their names, those of
+    ``scores``, which ``shear_ir.scores`` measured beforehand. ``compete``: only the sum of the targets over a kind
+    counts and units of a kind compete across layers; at least one stays in every group. Usable in any loop:
+    ``zero_grad``, ``backward``, ``step``. Base weights change too: save ``base_tensors()`` beside ``state_dict()``.
+    Raises ``PlanError`` (see also ``Units``).
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, model: nn.Module, groups: Groups, targets: Mapping[str, int],
         periods: Periods | None = None, *, criteria: Mapping[str, float] = DEFAULT_WEIGHTS, compete: bool = False,
+        scores: Measured | None = None,
     ) -> None:  # fmt: skip
         # Like accelerate's, this wrapper has no groups and no state of its own: Optimizer.__init__ would make some.
-        check_weights(criteria)
+        self.scores = scores or {}
+        check_weights(criteria, self.scores)
         self.optimizer = optimizer
         self.periods = periods or Periods()
         self.criteria = dict(criteria)
@@ -153,7 +157,7 @@ class LHSPG(torch.optim.Optimizer):
             self._shrink(self.units, self.periods.left(step))
         self._hold_zeros()
         if self.periods.ends(step):
-            score = saliency(self.units, self.criteria)
+            score = saliency(self.units, self.criteria, self.scores)
             if step + 1 > self.periods.warmup:
                 self._merge()
             following = self.periods.period(step + 1)
@@ -223,7 +227,7 @@ class LHSPG(torch.optim.Optimizer):
         """The least salient important units become redundant, as many as the period takes."""
         assert self.units is not None
         with torch.no_grad():
-            score = (saliency(self.units, self.criteria) if score is None else score).cpu()
+            score = (saliency(self.units, self.criteria, self.scores) if score is None else score).cpu()
         room = torch.cat([
             torch.full((g.size,), g.size - 1 if self.compete else self.targets[g.name]) for g in self.units.groups
         ])  # fmt: skip

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +25,11 @@ from shear_ir.training.lora import adapter_tensors, as_it_was, attach, detach
 from shear_ir.training.mixture import Sampler, counts, shuffled
 from shear_ir.training.rounds import Diverged, train
 from shear_ir.training.rows import Rows
-from shear_ir.training.saliency import DEFAULT_WEIGHTS, check_weights
+from shear_ir.training.saliency import CRITERIA, DEFAULT_WEIGHTS, Measured, check_weights, measured_names
 from shear_ir.training.schedule import Periods
 from shear_ir.training.settings import Recovery
 from shear_passes.analysis.find_groups import Groups
+from shear_passes.importance.names import criterion
 
 # They say where and how often: none of them changes what a run computes.
 _NOT_IN_DIGEST = ("device", "save_steps")
@@ -40,8 +42,10 @@ class Pruning:
     Adapters: ``rank`` and ``alpha``, on all linear projections (a model that has adapters keeps its own); AdamW with
     ``lr`` after a warm-up of ``lr_warmup`` (a share of the steps), then by ``schedule`` (a name of transformers);
     ``batch`` rows per step over all processes, ``micro_batch`` at a time. ``warmup``, ``periods``, ``steps`` and
-    ``eps`` are those of ``Periods``; ``criteria`` weighs those of ``saliency``. ``compete``: units of a kind compete
-    across layers.
+    ``eps`` are those of ``Periods``; ``criteria`` weighs those of ``saliency``, and any of ``shear_ir.scores`` by name,
+    measured on ``calibration`` rows before the training. ``compete``: units of a kind compete across layers.
+    ``repair``: with ``least-squares``, the weights from before the training are cut to the chosen units too, repaired
+    on the same rows, and taken where their loss is lower.
     """
 
     rank: int = 8
@@ -57,6 +61,8 @@ class Pruning:
     eps: float = 0.0
     criteria: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     compete: bool = False
+    calibration: int = 128
+    repair: Literal["none", "least-squares"] = "none"
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -65,9 +71,23 @@ class Pruning:
     save_steps: int = 50
 
     def __post_init__(self) -> None:
-        check_weights(self.criteria)
+        for name in measured_names(self.criteria):
+            self._require_criterion(name)
+        check_weights(self.criteria, measured_names(self.criteria))
+        if self.repair not in ("none", "least-squares"):
+            raise PlanError(f"there is no repair '{self.repair}'; there are none, least-squares")
+        if self.calibration < 1:
+            raise PlanError(f"rows to calibrate on are a number from 1 up, not {self.calibration}")
         self.course()
         self.training()
+
+    def _require_criterion(self, name: str) -> None:
+        try:
+            criterion(name)
+        except PlanError as failure:
+            raise PlanError(
+                f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}, and those of --importance"
+            ) from failure
 
     def course(self) -> Periods:
         """When units go."""
@@ -102,13 +122,14 @@ class Pruned:
 
 def prune(
     model: nn.Module, groups: Groups, target: Plan, sources: Mapping[str, Source], settings: Pruning,
-    folder: str | Path, progress: Callable[[int, int], None] | None = None,
+    folder: str | Path, progress: Callable[[int, int], None] | None = None, scores: Measured | None = None,
 ) -> Pruned:  # fmt: skip
     """Train ``model`` in place until as many units of each group are zero as ``target`` removes.
 
     ``groups``: those of the traced ``model``. ``sources``: rows to train on, drawn evenly. ``folder``: keeps Trainer's
-    checkpoints; the same call goes on from the last one, and on a CPU ends with the same bits. Raises ``PlanError``
-    for what LHSPG cannot prune, and when the training loss is no number.
+    checkpoints; the same call goes on from the last one, and on a CPU ends with the same bits. ``scores``: those of
+    the criteria that are measured. Raises ``PlanError`` for what LHSPG cannot prune, and when the training loss is no
+    number.
     """
     rows = {name: source.train for name, source in sources.items()}
     with as_it_was(model):
@@ -117,7 +138,7 @@ def prune(
             model, rank=settings.rank, alpha=settings.alpha, dropout=0.0, seed=settings.seed
         )  # fmt: skip
         try:
-            made = _train(adapted, groups, target, rows, settings, Path(folder), progress)
+            made = _train(adapted, groups, target, rows, settings, Path(folder), progress, scores)
         except BaseException as failure:
             if not own:
                 detach(adapted, merge=False)
@@ -129,13 +150,20 @@ def prune(
 
 def _train(
     model: PeftModel, groups: Groups, target: Plan, rows: Mapping[str, Rows], settings: Pruning, folder: Path,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None] | None, scores: Measured | None,
 ) -> Pruned:  # fmt: skip
     course = settings.course()
     _wake(model)
     inside = torch.optim.AdamW(adapter_tensors(model).values(), lr=settings.lr, weight_decay=0.0)
     optimizer = LHSPG.from_plan(
-        inside, model, groups, target, course, criteria=settings.criteria, compete=settings.compete
+        inside,
+        model,
+        groups,
+        target,
+        course,
+        criteria=settings.criteria,
+        compete=settings.compete,
+        scores=scores,
     )
     even = counts({name: 1.0 / len(rows) for name in rows}, course.total * settings.batch)
     sampler = Sampler({name: len(each) for name, each in rows.items()}, settings.seed)

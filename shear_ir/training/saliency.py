@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shear_ir.errors import PlanError
 from shear_ir.training.units import Units, along
+from shear_passes.analysis.find_groups import Group
+from shear_passes.importance.base import Scores
 
 
 @dataclass(frozen=True)
@@ -54,29 +56,52 @@ CRITERIA: Mapping[str, Callable[[Sums], Tensor]] = {
 
 DEFAULT_WEIGHTS: Mapping[str, float] = dict.fromkeys(CRITERIA, 1.0)
 
+Measured = Mapping[str, Scores]
+"""Criterion to the scores of every group: what ``shear_ir.scores`` measured before the training."""
 
-def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS) -> Tensor:
+
+def measured_names(weights: Mapping[str, float]) -> list[str]:
+    """The criteria among those weighed that are measured before the training, on data."""
+    return [name for name in weights if name not in CRITERIA]
+
+
+def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measured: Measured | None = None) -> Tensor:
     """The weighted sum of the criteria, each over its L2 norm among all units of a kind; shape ``(units,)``, fp32.
 
-    Where no adapter has learned anything yet, the magnitude alone. Raises ``PlanError`` for an unknown criterion.
+    ``measured``: scores of the criteria that are none of ``CRITERIA``. Where no adapter has learned anything yet, these
+    alone, or without any the magnitude. Raises ``PlanError`` for an unknown criterion.
     """
-    check_weights(weights)
+    known = {name: _numbered(units, scores) for name, scores in (measured or {}).items() if name in weights}
+    check_weights(weights, known)
     found = sums(units)
     learned = bool((found.delta > 0).any())
-    used = weights if learned else {"magnitude": 1.0}
+    used = weights if learned else {name: weights[name] for name in known} or {"magnitude": 1.0}
     score = torch.zeros(units.count, device=units.device)
     for kind in units.kinds().values():
         kind = kind.to(units.device)
         for name, weight in used.items():
-            values = CRITERIA[name](found)[kind]
+            values = (known[name] if name in known else CRITERIA[name](found))[kind]
             score[kind] += weight * values / values.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return score
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise ``PlanError`` for a criterion that does not exist or weights that say nothing."""
+def _numbered(units: Units, scores: Scores) -> Tensor:
+    """Scores by group as those of all units, shape ``(units,)``, fp32; another trace has the same names."""
+    named = {group.name: group for group in scores}
+
+    def of(group: Group) -> Tensor:
+        try:
+            return torch.from_numpy(scores[named.get(group.name, group)])
+        except KeyError as failure:
+            raise PlanError(f"scores say nothing of {group.name}: pass those of this model") from failure
+
+    return torch.cat([of(group) for group in units.groups]).float().to(units.device)
+
+
+def check_weights(weights: Mapping[str, float], measured: Iterable[str] = ()) -> None:
+    """Raise ``PlanError`` for a criterion that neither exists nor was ``measured``, or weights that say nothing."""
     for name, weight in weights.items():
-        if name not in CRITERIA:
+        if name not in CRITERIA and name not in measured:
             raise PlanError(f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}")
         if not 0.0 <= weight < float("inf"):
             raise PlanError(f"the weight of the criterion '{name}' is a number from 0 up, not {weight}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ def calibration_batches(
         sources = {name: source.train for name, source in prepare(config, tokenizer, progress).items()}
     else:
         sources = held_out(config, tokenizer, progress)
+    return batches_of(sources, samples, batch, seed), sources
+
+
+def batches_of(
+    sources: Mapping[str, Rows], samples: int = SAMPLES, batch: int = BATCH, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """``samples`` rows in batches, from all ``sources`` alike, drawn by ``seed``; a batch holds rows of one source."""
     draw = torch.Generator().manual_seed(seed)
     made: list[dict[str, Tensor]] = []
     left = samples
@@ -43,4 +51,4 @@ def calibration_batches(
         left -= count
         picked = torch.randperm(len(rows), generator=draw)[:count].sort().values.tolist()
         made += [rows.batch(picked[start : start + batch]) for start in range(0, count, batch)]
-    return made, sources
+    return made

@@ -62,7 +62,7 @@ def _document(run: Mapping[str, Any]) -> dict[str, Any]:
         "note": run["note"],
         "costs": {"dense": asdict(plan.before), "sheared": asdict(plan.after)},
         "speed": run["pruning"]["speed"],
-        "pruning": {name: run["pruning"][name] for name in ("steps", "tokens")},
+        "pruning": {name: run["pruning"][name] for name in ("steps", "tokens", "repair") if name in run["pruning"]},
         "losses": {
             name: {source: {**asdict(loss), "perplexity": loss.perplexity} for source, loss in found.items()}
             for name, found in losses.items()
@@ -121,6 +121,7 @@ def _markdown(run: Mapping[str, Any], document: Mapping[str, Any]) -> Iterable[s
             for name, found in losses.items()
         ],
     )  # fmt: skip
+    yield from _repair(document["pruning"].get("repair"))
     yield "![losses](pictures/losses.svg)\n"
     yield "## What each group lost\n\nDeviation: how the mean loss grows when the group alone is pruned, in nats.\n"
     yield from _table(
@@ -144,6 +145,15 @@ def _markdown(run: Mapping[str, Any], document: Mapping[str, Any]) -> Iterable[s
         f"\nSeeds: {json.dumps(document['seeds'])}. Pruning took {document['pruning']['steps']} steps on "
         f"{document['pruning']['tokens']:,} tokens. All options are in `report.json`."
     )
+
+
+def _repair(made: Mapping[str, Any] | None) -> Iterable[str]:
+    if made is not None:
+        yield (
+            f"With the same units removed, the weights as LHSPG trained them have a loss of {made['trained']:.3f} on "
+            f"the rows that knowledge is measured on, those from before it, repaired by {made['name']}, "
+            f"{made['repaired']:.3f}: the {made['taken']} ones go on as `pruned`.\n"
+        )
 
 
 def _stage(stage: Mapping[str, Any]) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from shear_backends.adapted import merged
 from shear_backends.folder import refuse_existing, tidy
 from shear_backends.store import Saved
 from shear_ir import pipeline
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters
 from shear_ir.plans import Plan
+from shear_ir.repairing import repair
 from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
 from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
@@ -25,6 +28,8 @@ from shear_ir.training.knowledge import Knowledge, candidates, frozen_count, mea
 from shear_ir.training.lora import require_rank
 from shear_ir.training.pruning import prune
 from shear_ir.training.rounds import arguments, on_cpu
+from shear_ir.training.saliency import measured_names
+from shear_ir.workflow.calibration import batches_of
 from shear_ir.workflow.measure import compare_speed, sample
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
@@ -32,6 +37,7 @@ from shear_ir.workflow.report import write_report
 from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
 from shear_passes.analysis.cost import MeasureCosts
+from shear_passes.importance import Scores
 from shear_passes.select.build import build_plan
 from shear_passes.select.choose import DEFAULT_KINDS
 
@@ -160,18 +166,12 @@ class _Run:
 
     def _knowledge(self) -> Knowledge:
         asked = self.recipe.knowledge
-        rows = {n: s.validation[: asked.rows] if asked.rows else s.validation for n, s in self.sources.items()}
-
-        def loss(model: nn.Module) -> float:
-            found = [evaluate(model, each, **self._measuring()) for each in rows.values()]
-            return sum(each.nll for each in found) / len(found)
-
         path, partial = self.work.path("knowledge.json"), self.work.path("knowledge.partial.json")
 
         def make() -> None:
             told = self.progress
             made = measure_knowledge(
-                self.model, self.groups, loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
+                self.model, self.groups, self._loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
                 progress=None if told is None else lambda done, total: told("measuring knowledge", done, total),
                 resume=partial,
             )  # fmt: skip
@@ -180,6 +180,12 @@ class _Run:
 
         self.work.once(path.is_file(), make)
         return Knowledge.load(path)
+
+    def _loss(self, model: nn.Module) -> float:
+        """The mean NLL of the sources on the rows that knowledge is measured on."""
+        first = self.recipe.knowledge.rows or None
+        found = [evaluate(model, s.validation[:first], **self._measuring()) for s in self.sources.values()]
+        return sum(each.nll for each in found) / len(found)
 
     def _target(self, frozen: tuple[str, ...], knowledge: Knowledge | None = None) -> Plan:
         """How many units of each group go; training decides which. Without frozen groups the choice is possible."""
@@ -209,12 +215,15 @@ class _Run:
             target = self._target(knowledge.frozen, knowledge)
             # What cannot be sheared is to be known before hours of training, not after them.
             pipeline.shear(self.model, target)
+            scores = self._scores()
+            before = self._before()
             made = prune(
                 self.model, self.groups, target, self._first(), self.recipe.pruning, self.work.path("lhspg"),
-                self._told("pruning"),
+                self._told("pruning"), scores,
             )  # fmt: skip
             dense = made.model
-            self.work.once(False, lambda: self._shear(dense, made.kept, {"steps": made.steps, "tokens": made.tokens}))
+            told = {"steps": made.steps, "tokens": made.tokens}
+            self.work.once(False, lambda: self._shear(before, dense, made.kept, told))
         small = pipeline.load(folder, dense)
         _to_device(small, self.state.device)
         return small, Plan.load(folder / "plan.json"), self.work.document("pruning.json", dict)
@@ -223,7 +232,33 @@ class _Run:
         """What is trained on while units go: the sources of the first stage."""
         return {name: self.sources[name] for name in self.data.road[0].sources}
 
-    def _shear(self, dense: nn.Module, kept: Mapping[str, Any], pruned: dict[str, Any]) -> None:
+    def _calibration(self) -> list[dict[str, Tensor]]:
+        """Rows to judge units by and to repair on: rows to train on, for what is measured was not looked at."""
+        rows = {name: source.train for name, source in self._first().items()}
+        return batches_of(rows, self.recipe.pruning.calibration, seed=self.recipe.pruning.seed)
+
+    def _scores(self) -> dict[str, Scores]:
+        """Of the criteria that are measured before the training."""
+        names = measured_names(self.recipe.pruning.criteria)
+        if not names:
+            return {}
+        told = self._told("judging units")
+        return pipeline.scores(
+            self.groups.program, *names, data=self._calibration(), seed=self.recipe.pruning.seed,
+            progress=None if told is None else lambda done, total: told(done, total or 0),
+        )  # fmt: skip
+
+    def _before(self) -> nn.Module | None:
+        """The model as it is before the training, its adapters merged, where it is to be repaired."""
+        if self.recipe.pruning.repair == "none":
+            return None
+        copied = copy.deepcopy(self.model)
+        _to_device(copied, "cpu")
+        return merged(copied) if has_adapters(copied) else copied
+
+    def _shear(
+        self, before: nn.Module | None, dense: nn.Module, kept: Mapping[str, Any], pruned: dict[str, Any]
+    ) -> None:
         device = next(dense.parameters()).device
         # The comparison holds three models in float32, for which the host has more room.
         _to_device(dense, "cpu")
@@ -235,6 +270,8 @@ class _Run:
         )  # fmt: skip
         small = pipeline.shear(dense, plan)
         pipeline.verify(dense, small, plan).raise_if_unsound()
+        if before is not None:
+            small, pruned["repair"] = self._better(small, before, plan, device)
         for model in (dense, small):
             _to_device(model, device)
         rows = next(iter(self.sources.values())).validation
@@ -243,6 +280,25 @@ class _Run:
         document = {**pruned, "speed": {"dense": asdict(speeds[0]), "sheared": asdict(speeds[1])}}
         self.work.write("pruning.json", document)
         pipeline.save(small, self.work.path("pruned"), force=True)
+
+    def _better(
+        self, trained: nn.Module, before: nn.Module, plan: Plan, device: torch.device
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """Of the trained model and the repaired one, both with the units of ``plan``, that with the lower loss."""
+        _to_device(before, device)
+        ready = repair(before, plan, self.recipe.pruning.repair, data=self._calibration())
+        for model in (before, ready):
+            _to_device(model, "cpu")
+        repaired = pipeline.shear(ready, plan)
+        pipeline.verify(ready, repaired, plan).raise_if_unsound()
+        losses = {}
+        for name, model in (("trained", trained), ("repaired", repaired)):
+            _to_device(model, device)
+            losses[name] = self._loss(model)
+            _to_device(model, "cpu")
+        taken = "repaired" if losses["repaired"] < losses["trained"] else "trained"
+        told = {"name": self.recipe.pruning.repair, **losses, "taken": taken}
+        return (repaired if taken == "repaired" else trained), told
 
     def _told(self, what: str) -> Callable[[int, int], None] | None:
         progress = self.progress

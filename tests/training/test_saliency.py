@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_ir.training.saliency import CRITERIA, saliency, sums
 from shear_ir.training.units import Units
 from tests.training.tiny import adapted, base_groups
+from tests.zoo import build
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,26 @@ def test_each_criterion_has_norm_one_over_the_units_of_a_kind(units: Units) -> N
 def test_before_any_training_the_score_is_magnitude() -> None:
     fresh = Units(adapted(), [g for g in base_groups() if g.kind == "ffn"])
     torch.testing.assert_close(saliency(fresh, {"first_order": 1.0}), saliency(fresh, {"magnitude": 1.0}))
+
+
+def test_scores_that_were_measured_count_by_their_names_and_alone_before_any_training() -> None:
+    groups = [g for g in base_groups() if g.kind == "ffn"]
+    measured = {"taylor": {g: np.arange(g.size, dtype=np.float64)[::-1].copy() for g in groups}}
+    fresh, trained = Units(adapted(), groups), Units(adapted(init_lora_weights=False), groups)
+    alone = saliency(trained, {"taylor": 1.0}, measured)
+    expected = torch.cat([torch.arange(g.size).flip(0).float() for g in groups])
+    torch.testing.assert_close(alone, expected / expected.norm())
+    torch.testing.assert_close(saliency(fresh, {"taylor": 2.0, "cosine": 1.0}, measured), 2 * alone)
+    both = saliency(trained, {"taylor": 2.0, "cosine": 1.0}, measured)
+    torch.testing.assert_close(both, 2 * alone + saliency(trained, {"cosine": 1.0}))
+
+
+def test_scores_of_another_trace_of_the_model_are_found_by_name(units: Units) -> None:
+    scores = sir.scores(sir.trace(build("llama_gqa")), "magnitude-l1")
+    assert len(saliency(units, {"magnitude-l1": 1.0}, scores)) == units.count
+    one = {"magnitude-l1": {g: s for g, s in scores["magnitude-l1"].items() if g.name == "ffn0"}}
+    with pytest.raises(PlanError, match="scores say nothing of kv0: pass those of this model"):
+        saliency(units, {"magnitude-l1": 1.0}, one)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "pruning": {
         "rank": 3, "alpha": 5.0, "lr": 0.002, "schedule": "cosine", "lr_warmup": 0.1, "batch": 6, "micro_batch": 2,
         "warmup": 4, "periods": 3, "steps": 9, "eps": 0.5, "criteria": {"magnitude": 1.0}, "compete": True, "seed": 5,
+        "calibration": 9, "repair": "least-squares",
         "bf16": True, "gradient_checkpointing": True, "torch_compile": True, "device": "cpu", "save_steps": 11,
     },
     "recovery": {
@@ -88,6 +89,8 @@ def test_the_bundled_recipe_is_one() -> None:
         ("pruning: {periods: 0}", "recipe.yaml: pruning: there is at least one period of one step, not 0 of 20"),
         ("pruning: {criteria: {luck: 1}}", "recipe.yaml: pruning: there is no saliency criterion 'luck'"),
         ("pruning: {criteria: {}}", "recipe.yaml: pruning: "),
+        ("pruning: {repair: glue}", "recipe.yaml: pruning.repair: Input should be 'none' or 'least-squares'"),
+        ("pruning: {calibration: 0}", "recipe.yaml: pruning: rows to calibrate on are a number from 1 up, not 0"),
         ("knowledge: {allocate: true}\npruning: {compete: true}", "recipe.yaml: layers share by what was measured"),
         ("knowledge: {freeze: 2}", "recipe.yaml: knowledge: the share of groups to freeze is between 0 and 1, not 2.0"),
         (
@@ -108,6 +111,11 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, document: str, said: str) 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"the recipe .*none\.yaml cannot be read"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_repair_that_is_none_is_refused_from_python_too() -> None:
+    with pytest.raises(PlanError, match="there is no repair 'glue'; there are none, least-squares"):
+        Pruning(repair="glue")  # type: ignore[arg-type]
 
 
 def test_shares_that_are_none_are_refused_from_python_too() -> None:

@@ -21,6 +21,8 @@ from shear_ir.training.evaluate import evaluate_sources
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.workflow import publish
 from shear_ir.workflow import run as module
+from shear_ir.workflow.calibration import batches_of
+from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.run import Outcome
 from tests.training.tiny import adapted
 from tests.workflow.tiny import RATIO, RECIPE, freezing, run, tokenizer, write_data
@@ -259,3 +261,36 @@ def test_a_model_with_adapters_is_pruned_with_its_own(tmp_path: Path, data: Path
     made = run(tmp_path / "out", data, model=adapted(targets=("q_proj", "v_proj"), lora_dropout=0.1), ratio=0.2)
     assert made.saved.stock
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def mending(**criteria: float) -> Recipe:
+    """By scores that are measured before the training, and with repair."""
+    pruning = replace(RECIPE.pruning, criteria=criteria, repair="least-squares", calibration=12, lr=1e-6)
+    return replace(RECIPE, pruning=pruning, recovery=replace(RECIPE.recovery, max_rounds=1), stages={})
+
+
+def test_units_are_chosen_by_measured_scores_and_what_is_repaired_goes_on_when_it_is_better(
+    tmp_path: Path, data: Path
+) -> None:
+    made = run(tmp_path / "out", data, recipe=mending(flap=1.0), keep_work=True)
+    told = made.report["pruning"]["repair"]
+    assert told["taken"] == min(("trained", "repaired"), key=told.__getitem__)
+    pruned = made.report["losses"]["pruned"]
+    assert sum(loss["nll"] for loss in pruned.values()) / len(pruned) == pytest.approx(told[told["taken"]], rel=1e-6)
+    assert f"the {told['taken']} ones go on as `pruned`" in (tmp_path / "out" / "report.md").read_text()
+    # Nearly without training the units are those that FLAP leaves, and least squares is by its own pass the same.
+    model = build("llama_gqa")
+    rows = {name: s.train for name, s in prepare(load_data(data), tokenizer()).items()}
+    batches = batches_of(rows, 12, seed=0)
+    plan = sir.plan(sir.trace(model), ratio=RATIO, importance="flap", data=batches)
+    assert {c.group: c.kept.tolist() for c in plan.cuts} == {c.group: c.kept.tolist() for c in made.plan.cuts}
+    alone = sir.shear(sir.repair(model, plan, data=batches), plan)
+    nll = evaluate_sources(alone, prepare(load_data(data), tokenizer()), batch=RECIPE.recovery.eval_batch)
+    assert sum(loss.nll for loss in nll.values()) / len(nll) == pytest.approx(told["repaired"], rel=1e-4)
+
+
+def test_adapters_of_the_user_are_merged_before_what_they_adapt_is_repaired(tmp_path: Path, data: Path) -> None:
+    model = adapted(targets=("q_proj", "v_proj"), init_lora_weights=False)
+    made = run(tmp_path / "out", data, model=model, recipe=mending(taylor=1.0, cosine=1.0))
+    assert made.saved.stock
+    assert {*made.report["pruning"]["repair"]} == {"name", "trained", "repaired", "taken"}

@@ -7,9 +7,9 @@
 
 For each ratio and seed, on held-out text of each domain: the dense model; pruned by magnitude without training; by
 LHSPG; after recovery stage 1 and 2 (all of these by ``shear-ir lorashear``); magnitude with the same recovery;
-magnitude with plain LoRA fine-tuning on as many tokens as LHSPG and recovery took together, also with those groups
-left whole that LHSPG left whole; and LHSPG with the same recovery on a uniform mixture. One process and thread per
-run. Writes quality.json, quality.md and quality.svg.
+magnitude with plain LoRA fine-tuning on as many tokens as LHSPG and recovery took together, also with the shares of
+the layers that LHSPG had, and with its repair; and LHSPG with the same recovery on a uniform mixture. One process and
+thread per run. Writes quality.json, quality.md and quality.svg.
 """
 
 from __future__ import annotations
@@ -47,8 +47,11 @@ VARIANTS = {
     "uniform": "LHSPG + stages 1, 2, uniform mixture",
     "magnitude + recovery": "magnitude + stages 1, 2",
     "magnitude + LoRA": "magnitude + plain LoRA, as many tokens as LHSPG + stages",
-    "whole + LoRA": "magnitude, the same groups left whole + plain LoRA, as many tokens",
+    "shares + LoRA": "magnitude, layers sharing by knowledge + plain LoRA, as many tokens",
+    "repair + LoRA": "magnitude, sharing by knowledge, least squares + plain LoRA, as many tokens",
 }
+MAGNITUDE_LR = {"lr": 5e-3, "stages": {"instructions": 2e-3}}
+"""Learning rates of the baselines from magnitude, which is further from the dense model: they suit those better."""
 console = Console(stderr=True)
 
 Losses = dict[str, float]
@@ -81,25 +84,22 @@ def run(ratio: float, seed: int, folder: Path, recipe_file: Path) -> dict[str, A
         for key, name in zip(("dense", "lhspg", "stage 1", "stage 2"), report["losses"], strict=True)
     }
     tokens = {"lhspg": report["pruning"]["tokens"], "recovery": [_tokens(stage) for stage in report["stages"]]}
-    frozen = tuple(group["group"] for group in report["groups"] if group["frozen"])
-    given = Given(ratio, recipe, found["dense"], tokens["lhspg"] + sum(tokens["recovery"]), frozen, folder)
+    given = Given(ratio, recipe, found["dense"], tokens["lhspg"] + sum(tokens["recovery"]), folder)
     for name, make in _BASELINES.items():
         found[name] = _kept(folder / f"{name}.json", lambda make=make: make(given))
     seconds = time.perf_counter() - started
     return {"ratio": ratio, "seed": seed, "losses": found, "tokens": tokens, "really": report["ratio"],
-            "seconds": seconds, "stages": report["stages"]}  # fmt: skip
+            "seconds": seconds, "repair": report["pruning"].get("repair"), "stages": report["stages"]}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a baseline is made of. ``dense``: losses of the dense model; ``budget``: tokens of LHSPG and recovery;
-    ``frozen``: groups that LHSPG left whole."""
+    """What a baseline is made of. ``dense``: losses of the dense model; ``budget``: tokens of LHSPG and recovery."""
 
     ratio: float
     recipe: Any
     dense: Losses
     budget: int
-    frozen: tuple[str, ...]
     folder: Path
 
 
@@ -124,15 +124,28 @@ def _measured(model: Any) -> Losses:
     return {name: loss.nll for name, loss in evaluate_sources(model, _sources()[1]).items()}
 
 
-def _by_magnitude(ratio: float, frozen: tuple[str, ...] = ()) -> Any:
+def _by_magnitude(given: Given, shares: bool = False, repair: bool = False) -> Any:
+    """Sheared by magnitude; ``shares``: layers lose what they lose by ``given``; ``repair``: by least squares."""
     import shear_ir as sir
+    from shear_ir.training.knowledge import Knowledge
+    from shear_ir.workflow.calibration import batches_of
 
     model, _ = _load()
-    return sir.shear(model, sir.plan(sir.trace(model), ratio=ratio, importance="magnitude", frozen=frozen))
+    curves = Knowledge.load(given.folder / "work" / "knowledge.json").curves if shares else None
+    plan = sir.plan(
+        sir.trace(model), ratio=given.ratio, importance="magnitude", knowledge=curves,
+        allocation=given.recipe.allocation if shares else "uniform",
+    )  # fmt: skip
+    if repair:
+        config, sources = _sources()
+        rows = {name: sources[name].train for name in config.road[0].sources}
+        asked = given.recipe.pruning
+        model = sir.repair(model, plan, "least-squares", data=batches_of(rows, asked.calibration, seed=asked.seed))
+    return sir.shear(model, plan)
 
 
 def _magnitude(given: Given) -> Losses:
-    return _measured(_by_magnitude(given.ratio))
+    return _measured(_by_magnitude(given))
 
 
 def _recovered(model: Any, given: Given, name: str, **changes: Any) -> Losses:
@@ -140,8 +153,10 @@ def _recovered(model: Any, given: Given, name: str, **changes: Any) -> Losses:
     from shear_ir.training.recovery import recover
 
     config, sources = _sources()
+    rates = changes.pop("stages", {})
     for number, stage in enumerate(config.road):
         settings = replace(given.recipe.stage(stage.name), **changes)
+        settings = replace(settings, lr=rates.get(stage.name, settings.lr))
         rows = {source: sources[source] for source in stage.sources}
         folder = given.folder / name / f"{number}"
         model = recover(model, rows, given.dense, settings, folder, stage=stage.name).model
@@ -149,7 +164,7 @@ def _recovered(model: Any, given: Given, name: str, **changes: Any) -> Losses:
 
 
 def _magnitude_recovered(given: Given) -> Losses:
-    return _recovered(_by_magnitude(given.ratio), given, "magnitude")
+    return _recovered(_by_magnitude(given), given, "magnitude", **MAGNITUDE_LR)
 
 
 def _uniform(given: Given) -> Losses:
@@ -159,22 +174,27 @@ def _uniform(given: Given) -> Losses:
 
 
 def _plain_lora(given: Given) -> Losses:
-    return _tuned(_by_magnitude(given.ratio), given, "plain")
+    return _tuned(_by_magnitude(given), given, "plain", MAGNITUDE_LR["lr"])
 
 
-def _plain_lora_beside_whole(given: Given) -> Losses:
-    return _tuned(_by_magnitude(given.ratio, given.frozen), given, "whole")
+def _plain_lora_by_shares(given: Given) -> Losses:
+    return _tuned(_by_magnitude(given, shares=True), given, "shares", given.recipe.recovery.lr)
 
 
-def _tuned(model: Any, given: Given, name: str) -> Losses:
+def _plain_lora_repaired(given: Given) -> Losses:
+    return _tuned(_by_magnitude(given, shares=True, repair=True), given, "repaired", given.recipe.recovery.lr)
+
+
+def _tuned(model: Any, given: Given, name: str, lr: Any) -> Losses:
     """One run of LoRA fine-tuning over all sources evenly, with one schedule."""
     from shear_ir.training.recovery import recover
 
     _, sources = _sources()
     each = statistics.mean(source.train.tokens / len(source.train) for source in sources.values())
     settings = replace(
-        given.recipe.recovery, dynamic=False, max_rounds=1, epochs=1, rows_per_round=math.ceil(given.budget / each)
-    )
+        given.recipe.recovery, dynamic=False, max_rounds=1, epochs=1, rows_per_round=math.ceil(given.budget / each),
+        lr=lr,
+    )  # fmt: skip
     return _measured(recover(model, sources, given.dense, settings, given.folder / name, stage="plain").model)
 
 
@@ -183,7 +203,8 @@ _BASELINES = {
     "magnitude + recovery": _magnitude_recovered,
     "magnitude + LoRA": _plain_lora,
     "uniform": _uniform,
-    "whole + LoRA": _plain_lora_beside_whole,
+    "shares + LoRA": _plain_lora_by_shares,
+    "repair + LoRA": _plain_lora_repaired,
 }
 
 
@@ -234,13 +255,21 @@ def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for ratio in sorted({r["ratio"] for r in runs}):
         mine = [r for r in runs if r["ratio"] == ratio]
-        for name in ("magnitude + recovery", "magnitude + LoRA", "whole + LoRA", "uniform"):
+        for name in ("magnitude + recovery", "magnitude + LoRA", "shares + LoRA", "repair + LoRA", "uniform"):
             gaps = [mean(r["losses"][name]) - mean(r["losses"]["stage 2"]) for r in mine]
             beats = "beats" if statistics.mean(gaps) > 0 else "does not beat"
             won = sum(gap > 0 for gap in gaps)
             said.append(
                 f"At {ratio:g}, LHSPG with dynamic recovery {beats} {VARIANTS[name]}: {statistics.mean(gaps):+.4f} "
                 f"nats per token in the mean, better in {won} of {len(gaps)} seeds."
+            )
+        repaired = [r["repair"] for r in mine if r["repair"]]
+        if repaired:
+            taken = sum(r["taken"] == "repaired" for r in repaired)
+            gap = statistics.mean(r["trained"] - r["repaired"] for r in repaired)
+            said.append(
+                f"At {ratio:g}, with the units that LHSPG chose, the weights from before it, repaired, were better "
+                f"than those that it trained in {taken} of {len(repaired)} seeds, by {gap:.4f} nats in the mean."
             )
     return said
 
