@@ -40,6 +40,14 @@ def test_a_share_is_of_those_that_got_so_far() -> None:
     assert counts["analysis over export"] == pytest.approx(1.15)
 
 
+def test_an_architecture_all_of_mixers_needs_heads_alone() -> None:
+    mixers = {**SOUND, "groups": {"query_group": [2, 2]}, "sheared": {"heads": "sound"}}
+    assert coverage.whole_road(mixers)
+    assert not coverage.whole_road({**mixers, "barriers": [["no axis rule", 1]]})
+    assert not coverage.whole_road({**mixers, "groups": {"query_group": [2, 2], "ffn": [0, 2]}})
+    assert not coverage.whole_road({**mixers, "attention": False})
+
+
 def test_answers_of_other_versions_are_measured_anew(tmp_path: Any) -> None:
     store = coverage.Store(tmp_path)
     store.put(ANSWERS[0])
