@@ -82,6 +82,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
     judge = Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
+    _require_eps(model, norms)
     cuts = cut_by_id(model, plan.kept, norms)
     fits = find_fits(groups, masks)
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
@@ -159,11 +160,27 @@ def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
         return (weight + fix.offset) * fix.factor**fix.power - fix.offset
 
 
+def _require_eps(model: nn.Module, norms: Sequence[NormFix]) -> None:
+    """Raise ``ShearingError`` for a norm whose eps is no attribute that could follow, however little that changes."""
+    for fix in norms:
+        module = model.get_submodule(fix.module)
+        unset = isinstance(module, nn.RMSNorm) and module.eps is None
+        if fix.eps and fix.factor != 1 and not unset and fix.eps not in _floats(module).values():
+            raise ShearingError(
+                f"the eps of the norm at {fix.module or 'the root'}, {fix.eps:g}, stands in its code and cannot follow "
+                "a narrower axis: use the graph backend"
+            )
+
+
+def _floats(module: nn.Module) -> dict[str, float]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, float)}
+
+
 def _set_eps(module: nn.Module, fix: NormFix) -> None:
     if isinstance(module, nn.RMSNorm) and module.eps is None and fix.eps is not None:
         module.eps = fix.eps  # that of its precision, which is scaled like any other
-    for name, value in vars(module).items():
-        if isinstance(value, float) and value == fix.eps:
+    for name, value in _floats(module).items():
+        if value == fix.eps:
             setattr(module, name, value * fix.factor)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import shear_ir as sir
 from tests.oracle.fuzz.check import Seen, check_model, check_quickly, double
 
 Check = Callable[[nn.Module, list[dict[str, Tensor]]], Seen]
@@ -53,6 +54,44 @@ class Normed(nn.Module):
 @pytest.mark.parametrize("eps", [1e-5, None])
 def test_the_modules_scale_the_epsilon_of_a_norm_too(eps: float | None) -> None:
     assert sound(Normed(eps), (3, 5)).modules["cut"]
+
+
+class Written(nn.Module):
+    """A norm written out, whose epsilon stands in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 12), nn.Linear(12, 7)
+        self.weight = nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        return self.down(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight)
+
+
+def test_an_epsilon_in_the_code_cannot_follow_however_little_it_is() -> None:
+    seen = sound(Written(), (3, 5))
+    assert seen.prunable == 1
+    assert seen.modules == {"refused": 2}
+    model = Written()
+    plan = sir.plan(sir.trace(model, torch.randn(3, 5)), ratio=0.3, kinds=("other",))
+    with pytest.raises(sir.ShearingError, match="the eps of the norm at the root, 1e-05, stands in its code"):
+        sir.shear(model, plan, inputs=torch.randn(3, 5))
+
+
+class Stretch(nn.Module):
+    """Some rows of what loses columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)).narrow(0, 2, 7))
+
+
+def test_a_stretch_of_a_dim_that_stays_is_where_it_was() -> None:
+    assert sound(Stretch(), (9, 4)).modules["cut"]
 
 
 class Ramp(nn.Module):

@@ -82,6 +82,8 @@ def resize_narrow(change: Change) -> None:
     _, dim, start, _ = change.node.args
     place = wrap(dim, len(change.out))  # type: ignore[arg-type]
     whole = change.dims(0)[place]
+    if not change.changed(whole):
+        return
     before = split(whole, _start(start, whole.size))  # type: ignore[arg-type]
     assert before is not None
     change.set(2, change.size(before[0]))
