@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
+from shear_backends import masked_blocks
 from shear_backends.verify import difference
+from shear_ir.frontend.export import trace as trace_graph
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.plans import Plan, original, renumbered
+from shear_ir.program import Program
 from shear_passes.analysis.find_groups import BlockGroup
 from shear_passes.rewrite import DropBlocks
 from tests.roads import Traced, outputs, same, trace
@@ -121,6 +124,23 @@ def test_without_layers_both_backends_compute_what_skipping_them_by_hooks_does(n
         assert same(outputs(stock, family.feed), outputs(small, family.feed))
     if name == "llama":
         assert sir.verify(family.model, stock, plan).sound
+
+
+def test_inputs_of_one_size_are_compared_with_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = deep("llama")
+    plan, small = shallow("llama")
+    traced: list[int] = []
+
+    def counted(model: nn.Module, feed: dict[str, Tensor]) -> Program:
+        traced.append(feed["input_ids"].shape[1])
+        return trace_graph(model, feed)
+
+    monkeypatch.setattr(masked_blocks, "trace", counted)
+    feeds = [example_inputs(family.model, length=length, seed=length + seed) for seed in (0, 1) for length in (7, 9)]
+    report = sir.verify(family.model, small, plan, feeds)
+    assert report.sound
+    assert len(report.lengths) == 4
+    assert traced == [7, 9]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])

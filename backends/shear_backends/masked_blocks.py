@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,17 +31,32 @@ def block_cuts(cuts: Sequence[Cut]) -> list[Cut]:
     return [cut for cut in cuts if cut.kind in BLOCK_KINDS]
 
 
-def run_masked(model: nn.Module, cuts: Sequence[Cut], feed: Inputs) -> tuple[Tensor, ...]:
-    """What ``model`` predicts when the blocks that ``cuts`` remove add zero to their streams.
+class MaskedBlocks:
+    """``model`` with the blocks that ``cuts`` remove adding zero to their streams, traced once for each size of inputs.
 
-    Raises ``PlanError`` when the model has no such blocks.
+    Raises ``PlanError`` where it is called when the model has no such blocks.
     """
-    program = raise_lora(trace(model, feed))
-    groups = AnalysisManager(program).get(FindGroups())
-    masks_of(groups, block_cuts(cuts))
-    branches = {(node, place) for unit in groups.units(cuts) for block in unit.blocks for node, place in block.branches}
-    with routing(model):
-        return tuple(graph_module(_silenced(program, branches), tensors_of(model))(**feed))
+
+    def __init__(self, model: nn.Module, cuts: Sequence[Cut]) -> None:
+        self.model = model
+        self.cuts = cuts
+        self._graphs: dict[tuple[Any, ...], fx.GraphModule] = {}
+
+    def __call__(self, feed: Inputs) -> tuple[Tensor, ...]:
+        """What it predicts."""
+        sizes = tuple((name, tuple(value.shape), value.dtype) for name, value in feed.items())
+        if sizes not in self._graphs:
+            self._graphs[sizes] = self._graph(feed)
+        with routing(self.model):
+            return tuple(self._graphs[sizes](**feed))
+
+    def _graph(self, feed: Inputs) -> fx.GraphModule:
+        program = raise_lora(trace(self.model, feed))
+        groups = AnalysisManager(program).get(FindGroups())
+        masks_of(groups, block_cuts(self.cuts))
+        units = groups.units(self.cuts)
+        branches = {(node, place) for unit in units for block in unit.blocks for node, place in block.branches}
+        return graph_module(_silenced(program, branches), tensors_of(self.model))
 
 
 def _silenced(program: Program, branches: set[tuple[fx.Node, int]]) -> Program:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shear_backends.masked_blocks import block_cuts, run_masked
+from shear_backends.masked_blocks import MaskedBlocks, block_cuts
 from shear_backends.never_routed import never_route
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
@@ -76,9 +76,10 @@ def verify(
     worst = scale = moved = 0.0
     with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
         feeds = _feeds(model, inputs, seed)
-        reference, blocks = masked(model, plan.kept, plan.routers), block_cuts(plan.cuts)
+        reference = masked(model, plan.kept, plan.routers)
+        without = MaskedBlocks(reference, plan.cuts) if block_cuts(plan.cuts) else None
         for feed in feeds:
-            expected = run_masked(reference, plan.cuts, feed) if blocks else run(reference, feed)
+            expected = without(feed) if without else run(reference, feed)
             found, dense = run(small, feed), run(model, feed)
             worst = _largest([worst, difference(expected, found)])
             moved = _largest([moved, difference(expected, dense)])

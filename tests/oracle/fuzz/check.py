@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 import shear_ir as sir
 from shear_backends.graph import graph_module, tensors_of
-from shear_backends.masked_blocks import block_cuts, run_masked
+from shear_backends.masked_blocks import MaskedBlocks, block_cuts
 from shear_backends.verify import masked
 from shear_ir.axes import Hold, Indices
 from shear_ir.frontend.inputs import Inputs
@@ -207,12 +207,13 @@ class _Case:
         return run
 
     def compare(self, plan: Plan, run: Run, what: str) -> None:
-        reference, blocks = masked(self.model, plan.kept, plan.routers), block_cuts(plan.cuts)
+        reference = masked(self.model, plan.kept, plan.routers)
+        without = MaskedBlocks(reference, plan.cuts) if block_cuts(plan.cuts) else None
         self.seen.plans += 1
         moved = 0.0
         tried = len(self.feeds) if self.thorough or self.seen.plans == 1 else 1
         for feed, dense in zip(self.feeds[:tried], self.dense[:tried], strict=True):
-            expected = _tensors(run_masked(reference, plan.cuts, feed)) if blocks else _outputs(reference, feed)
+            expected = _tensors(without(feed)) if without else _outputs(reference, feed)
             found = run(feed)
             gap = _gap(expected, found)
             if not gap <= TOLERANCE:
