@@ -94,6 +94,50 @@ def test_a_stretch_of_a_dim_that_stays_is_where_it_was() -> None:
     assert sound(Stretch(), (9, 4)).modules["cut"]
 
 
+class Layout(nn.Module):
+    """Heads side by side, written to in place: whether they are a view of the attention hangs on its kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(2, 5, 3, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)
+        y.transpose(1, 2).reshape(2, 5, 12).add_(1.0)
+        return y
+
+
+class Later(Layout):
+    """The same, and nobody reads the attention afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(2, 5, 3, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 12).add_(1.0)
+
+
+def test_what_may_or_may_not_be_a_view_holds_what_its_layout_hangs_on() -> None:
+    held = sound(Layout(), (2, 5, 8))
+    assert held.prunable == 0
+    assert sound(Later(), (2, 5, 8)).prunable == 1
+
+
+class Scalars(nn.Module):
+    """A number that is an inner product of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.up, self.down = nn.Parameter(torch.randn(3)), nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        number = torch.tensordot(self.weight, self.weight, dims=([0], [0]))
+        return self.down(torch.inner(self.up(x), number) * torch.inner(number, number))
+
+
+def test_an_inner_product_with_a_number_is_a_product() -> None:
+    assert sound(Scalars(), (2, 5)).prunable == 2
+
+
 class Ramp(nn.Module):
     """Channels weighed by their number: after a cut, the numbers that are left are a constant of the graph."""
 

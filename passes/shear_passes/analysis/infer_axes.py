@@ -13,6 +13,7 @@ import shear_passes.rules  # noqa: F401  # registers every rule
 from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
+from shear_passes.analysis.memory import undecided
 from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
 from shear_passes.rules.registry import (
     Barrier,
@@ -91,6 +92,7 @@ class Inference:
                 self.call(node)
             elif node.op == "output":
                 self._hold_unchosen()
+                self._hold_undecided()
                 self._output(node)
         solved = _Solution()
         return Axes(
@@ -112,6 +114,14 @@ class Inference:
             for atom in atoms(ranking.over):
                 if atom not in chosen:
                     freeze(atom, ranking.reason, at=ranking.node.name)
+
+    def _hold_undecided(self) -> None:
+        for call, home in undecided(self.program):
+            reason = f"%{call.name} = {op_name(call)} may or may not be a copy of what is written to in place"
+            for value in (call, home, *home.all_input_nodes):
+                for dims in self.of_node.get(value.name, []):
+                    for dim in dims:
+                        freeze(dim, reason, at=call.name)
 
     def _placeholder(self, node: fx.Node) -> None:
         param = self.program.param(node)

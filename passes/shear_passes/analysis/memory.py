@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,9 @@ _NO_COPIES = frozenset(
 )  # fmt: skip
 # What gives back its first operand when the type stays: copies, casts, dropout in evaluation.
 SAME = _NO_COPIES | {"aten.clone", "aten._to_copy", "aten.lift_fresh_copy"}
+
+
+_BY_LAYOUT = frozenset(f"aten.{name}" for name in ("reshape", "reshape_as", "flatten", "ravel", "contiguous"))
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,43 @@ def memory_of(program: Program) -> Memory:
             last[home[target]] = node
             writes.append((node, target))
     return Memory(home, tuple(writes), sources)
+
+
+def undecided(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Calls that are a view or a copy as their operand lies in memory, where it matters: one of the two is written to
+    in place before the other is read. With each the call that made the memory. The sizes that are left after a cut may
+    choose another kernel, another layout and so another function.
+    """
+    if not any(True for node in program.nodes for _ in _targets(node)):
+        return
+    memory = memory_of(program)
+    order = {node: place for place, node in enumerate(program.nodes)}
+    sharing: dict[fx.Node, list[fx.Node]] = {memory.home[target]: [] for _, target in memory.writes}
+    for node in order:
+        if memory.home[node] in sharing:
+            sharing[memory.home[node]].append(node)
+    for home, nodes in sharing.items():
+        writes = [(write, target) for write, target in memory.writes if memory.home[target] is home]
+        for call in nodes:
+            if op_name(call) in _BY_LAYOUT and call is not home and _matters(call, nodes, writes, order):
+                yield call, home
+
+
+def _matters(
+    call: fx.Node, sharing: Sequence[fx.Node], writes: Sequence[tuple[fx.Node, fx.Node]], order: Mapping[fx.Node, int]
+) -> bool:
+    """Whether of the values made of ``call`` and the others in its memory, one side is read after the other changed."""
+    below = {call}
+    for node in sharing:
+        if operands(node) and operands(node)[0] in below:
+            below.add(node)
+    return any(
+        order[user] > order[write] > order[call]
+        for write, target in writes
+        for node in sharing
+        if (node in below) != (target in below)
+        for user in node.users
+    )
 
 
 def _may_share(node: fx.Node) -> bool:

@@ -70,7 +70,10 @@ def outer(site: Site, a: Dims, b: Dims) -> Dims:
 
 @rule(aten.inner.default)
 def inner(site: Site, a: Dims, b: Dims) -> Dims:
-    """``y[..., m] = sum_k a[..., k] * b[m, k]``: both last dims are summed over."""
+    """``y[..., m] = sum_k a[..., k] * b[m, k]``: both last dims are summed over. With a number, the product by it."""
+    if not a or not b:
+        site.contract([], [(0, a), (1, b)])
+        return (*a, *b)
     site.equate(a[-1], b[-1])
     site.contract([a[-1]], [(0, a[:-1]), (1, b[:-1])])
     return (*a[:-1], *b[:-1])
