@@ -18,7 +18,7 @@ def sweep(
     model: options.ModelArgument,
     data: options.DataOption,
     ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of the parameters; repeatable.", show_default="0.1 0.2 0.3 0.5")
+        list[float] | None, typer.Option(help="Share of the budget; repeatable.", show_default="0.1 0.2 0.3 0.5")
     ] = None,
     importance: Annotated[
         list[str] | None, typer.Option(help="A criterion; repeatable.", show_default="the default with data")
@@ -41,6 +41,10 @@ def sweep(
         typer.Option(metavar="FILE", help="Draw loss against size: .svg, .png or .pdf.", show_default=False),
     ] = None,
     knowledge: options.KnowledgeOption = None,
+    budget: options.BudgetOption = None,
+    floor: options.FloorOption = None,
+    only: options.OnlyOption = None,
+    skip: options.SkipOption = None,
     kinds: options.KindsOption = None,
     round_to: options.RoundToOption = None,
     samples: options.SamplesOption = None,
@@ -72,7 +76,10 @@ def sweep(
     )  # fmt: skip
     options.require_knowledge(knowledge, *(allocation or ()))
     known = None if knowledge is None else Knowledge.load(knowledge)
-    chosen = options.given(round_to=options.steps(round_to), kinds=kinds and tuple(kinds))
+    chosen = options.given(
+        round_to=options.steps(round_to), kinds=kinds and tuple(kinds), budget=budget, floor=floor,
+        only=only and tuple(only), skip=skip and tuple(skip),
+    )  # fmt: skip
     config = load_data(data, whole=True)
     with console.Told() as told:
         told("loading", 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,13 @@ def test_the_command_line_prints_a_table_and_draws(shear: Shear, place: Path, tm
     assert said in shear(*asked, "--knowledge", place / "data.yaml").sentence
     assert said in shear("prune", *asked[1:], "--ratio", "0.2", "--allocation", "by-knowledge", "--dry-run").sentence
     assert "there is no repair 'glue'; there are least-squares" in shear(*asked, "--repair", "glue").sentence
+
+
+def test_what_prune_may_be_told_a_sweep_may_too(shear: Shear, place: Path) -> None:
+    asked = ("sweep", place / "dense", "--data", place / "data.yaml", "--samples", "4", "--device", "cpu", "--json",
+             "--importance", "magnitude", "--repair", "none", "--ratio", "0.5", "--budget", "kv_bytes")  # fmt: skip
+    (point,) = json.loads(shear(*asked, "--kinds", "kv_head").out)["points"]
+    dense = json.loads(shear(*asked, "--kinds", "kv_head").out)["dense"]["costs"]
+    assert point["costs"]["kv_bytes"] == dense["kv_bytes"] / 2
+    refused = shear(*asked, "--kinds", "kv_head", "--skip", "*.layers.0.*")
+    assert "cannot be reached" in refused.sentence
