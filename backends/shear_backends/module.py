@@ -156,8 +156,9 @@ def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Se
 
 def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
     """The weight of a norm that lost channels, scaled so that it computes what it did over the others."""
+    scale: float = fix.factor**fix.power
     with torch.no_grad():
-        return (weight + fix.offset) * fix.factor**fix.power - fix.offset
+        return (weight + fix.offset) * scale - fix.offset
 
 
 def _require_eps(model: nn.Module, norms: Sequence[NormFix]) -> None:

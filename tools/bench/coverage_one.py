@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from unittest import mock
 
 import numpy as np
 import torch
@@ -93,7 +94,12 @@ def build(name: str) -> tuple[nn.Module, str]:
     reasons: list[str] = []
     built: tuple[nn.Module, str] | None = None
     stop = time.process_time() + SEARCH_SECONDS
-    for values in tiny_config.proposals(knobs):
+
+    def asked() -> list[tiny_config.Knob]:
+        config = config_class(**tiny_config.arguments(next(tiny_config.proposals(knobs)), types))
+        return tiny_config.knobs_asked(fields_asked(model_class, config), base.to_dict())
+
+    for values in tiny_config.proposals(knobs, asked):
         if time.process_time() > stop or len(reasons) > 80:
             break
         try:
@@ -112,6 +118,28 @@ def build(name: str) -> tuple[nn.Module, str]:
     if built is None:
         raise NotBuilt(reasons[0] if reasons else "nothing was tried in time")
     return built
+
+
+def fields_asked(model_class: Any, config: Any) -> list[tiny_config.Path]:
+    """The fields that the class reads from ``config`` and its sub-configs and that these do not have."""
+    places: dict[type, tiny_config.Path] = {type(config): ()}
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            places.setdefault(type(value), (name,))
+    found: list[tiny_config.Path] = []
+
+    def note(self: Any, name: str) -> Any:
+        if type(self) in places and not name.startswith("_"):
+            found.append((*places[type(self)], name))
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    # Python calls __getattr__ for what it does not find, also where getattr is given a default.
+    with mock.patch.object(transformers.PreTrainedConfig, "__getattr__", note, create=True), torch.device("meta"):
+        try:
+            model_class(config)
+        except Exception:  # what was read until then is known
+            return found
+    return found
 
 
 def _small(model_class: Any, config: Any) -> nn.Module:
@@ -302,9 +330,10 @@ def in_double(model: nn.Module, plan: Any, backend: Literal["graph", "module"]) 
     """The difference in double precision, which a wrong cut would not lessen; None where the model cannot run so."""
     try:
         exact = copy.deepcopy(model).double()
-        return sir.verify(exact, sir.shear(exact, plan, backend=backend), plan, example_inputs(exact)).max_abs_diff
+        report: Report = sir.verify(exact, sir.shear(exact, plan, backend=backend), plan, example_inputs(exact))
     except Exception:
         return None
+    return report.max_abs_diff
 
 
 def verdict(outcome: dict[str, Any]) -> str:
