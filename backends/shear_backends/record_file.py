@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,7 @@ class RecordDocument(_Strict):
     norms: list[_NormDocument]
     gathers: list[_GatherDocument]
     fits: list[_FitDocument] = []
+    exchanged: list[str] = []
 
     def record(self, plan: Plan) -> Record:
         """The record of the file, with the plan that lies beside it."""
@@ -73,8 +74,8 @@ class RecordDocument(_Strict):
         )  # fmt: skip
 
 
-def write_record(folder: Path, model: nn.Module, record: Record) -> None:
-    """Write the record of ``model`` into ``folder``."""
+def write_record(folder: Path, model: nn.Module, record: Record, exchanged: Sequence[str] = ()) -> None:
+    """Write the record of ``model`` into ``folder``; ``exchanged``: modules that its forward put in place of others."""
     attributes: Overrides = {path: dict(values) for path, values in record.attributes.items()}
     document = RecordDocument(
         format="shear-ir record 1",
@@ -85,6 +86,7 @@ def write_record(folder: Path, model: nn.Module, record: Record) -> None:
         norms=[_NormDocument(**asdict(n)) for n in record.norms],
         gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
         fits=[_FitDocument(**asdict(f)) for f in record.fits],
+        exchanged=list(exchanged),
     )
     write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,19 +133,43 @@ def _write_model(model: nn.Module, folder: Path, record: Record) -> tuple[bool, 
     stock, note = _stock(model, folder, record) if pretrained else (False, "not a transformers model")
     if record.stock and not stock:
         _write(model, folder, pretrained, stock)
-    write_record(folder, model, replace(record, stock=stock))
+    write_record(folder, model, replace(record, stock=stock), () if stock else _exchanged(model, folder, record))
     return stock, note
 
 
 def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> None:
     if pretrained:
-        with quiet():
+        with quiet(), _every_tensor(model) if not stock else nullcontext():
             # transformers saves some families under older names, which only its own loader maps back.
             model.save_pretrained(folder, save_original_format=stock)  # type: ignore[operator]
         return
     first: dict[int, str] = {}
     unique = {n: t for n, t in model.state_dict().items() if first.setdefault(t.data_ptr() or id(t), n) == n}
     save_file({n: t.detach().contiguous() for n, t in unique.items()}, folder / WEIGHTS_FILE)
+
+
+@contextmanager
+def _every_tensor(model: nn.Module) -> Iterator[None]:
+    """Inside, ``save_pretrained`` also writes the tables that stock code would compute, such as Marian's positions."""
+    left_out = getattr(model, "_keys_to_ignore_on_save", None)
+    object.__setattr__(model, "_keys_to_ignore_on_save", None)
+    try:
+        yield
+    finally:
+        object.__setattr__(model, "_keys_to_ignore_on_save", left_out)
+
+
+def _exchanged(model: nn.Module, folder: Path, record: Record) -> list[str]:
+    """The modules that are of another class than those that the config builds in their place.
+
+    Some models exchange modules of their own at the first inputs, as BigBird does its attention where they are short.
+    """
+    try:
+        built = dict(_built(type(model).__name__, record.config, folder).named_modules())
+    except LoadError:
+        return []
+    then = ((path, built.get(original(path, record.plan.gone)), module) for path, module in model.named_modules())
+    return [path for path, old, module in then if old is not None and type(old) is not type(module)]
 
 
 def carry(source: Path, folder: Path) -> None:
@@ -284,18 +308,29 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _dense(document: RecordDocument, folder: Path) -> nn.Module:
-    """The dense class, its parameters on the meta device and its computed buffers real."""
+    """The dense class, its parameters on the meta device and its computed buffers real.
+
+    One that exchanges modules at its first inputs is built whole, so that it can be given some.
+    """
+    dense = _built(document.model_class, document.config, folder, whole=bool(document.exchanged))
+    if document.exchanged:
+        with evaluation(dense), torch.no_grad():
+            run(dense, example_inputs(dense))
+    return dense
+
+
+def _built(name: str, given: Mapping[str, Any] | None, folder: Path, *, whole: bool = False) -> nn.Module:
     import transformers
 
-    kind = getattr(transformers, document.model_class, None)
-    if document.config is None or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise LoadError(f"{folder} holds a {document.model_class}: give the dense model, load(path, model=...)")
+    kind = getattr(transformers, name, None)
+    if given is None or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise LoadError(f"{folder} holds a {name}: give the dense model, load(path, model=...)")
     try:
-        config = transformers.CONFIG_MAPPING[document.config["model_type"]].from_dict(dict(document.config))
-        with _parameters_on_meta():
+        config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(dict(given))
+        with nullcontext() if whole else _parameters_on_meta():
             return kind(config)
     except Exception as failure:  # the config comes from a file that anybody may have written
-        raise LoadError(f"{folder / RECORD_FILE} holds a config that {document.model_class} refuses") from failure
+        raise LoadError(f"{folder / RECORD_FILE} holds a config that {name} refuses") from failure
 
 
 @contextmanager
