@@ -41,7 +41,7 @@ def planned(
     loaded: LoadedModel, program: Program, step: console.Steps, read: Read | None, trust: bool, choices: dict[str, Any]
 ) -> Plan:
     """The plan by the criterion that was chosen."""
-    from shear_ir import pipeline
+    from shear_ir import planning
     from shear_passes.analysis.block_groups import BLOCK_KINDS
     from shear_passes.importance import default
 
@@ -50,10 +50,10 @@ def planned(
     blocks = choices.get("ratio") is None or (kinds and all(kind in BLOCK_KINDS for kind in kinds))
     choices = choices if blocks else {"importance": default(read), **choices}
     if read is None:
-        return pipeline.plan(program, **choices)
+        return planning.plan(program, **choices)
     data = batches(loaded, step, read, trust, choices.get("seed", 0))
     with on_device(loaded.model, read):
-        return pipeline.plan(program, data=data, progress=telling(step, "scoring"), **choices)
+        return planning.plan(program, data=data, progress=telling(step, "scoring"), **choices)
 
 
 def telling(step: console.Steps, what: str) -> Callable[[int, int | None], None]:

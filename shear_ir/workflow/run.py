@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from shear_backends.adapted import merged
 from shear_backends.folder import refuse_existing, tidy
 from shear_backends.store import Saved
-from shear_ir import pipeline
+from shear_ir import pipeline, planning
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters
 from shear_ir.plans import Plan
@@ -192,7 +192,7 @@ class _Run:
         chosen = self.choice
         measured = self.recipe.allocation == "by-knowledge"
         try:
-            return pipeline.plan(
+            return planning.plan(
                 self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
                 only=chosen.only, skip=chosen.skip, frozen=frozen, importance="magnitude",
                 # Before anything is measured it can be seen all the same whether the ratio is within reach.
@@ -243,7 +243,7 @@ class _Run:
         if not names:
             return {}
         told = self._told("judging units")
-        return pipeline.scores(
+        return planning.scores(
             self.groups.program, *names, data=self._calibration(), seed=self.recipe.pruning.seed,
             progress=None if told is None else lambda done, total: told(done, total or 0),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shear_ir import pipeline
+from shear_ir import pipeline, planning
 from shear_ir.errors import PlanError, ShearError
 from shear_ir.plans import Costs, write_text
 from shear_ir.program import Program
@@ -123,7 +123,7 @@ def _swept(
     bench = _Bench(model, program, data, sources, knowledge, seed, batch, options)
     if kept.dense is None:
         told("measuring the dense model", 0, 1)
-        kept.add(Point(Trial(0.0, "dense"), pipeline.dense_costs(program), bench.measure(model)))
+        kept.add(Point(Trial(0.0, "dense"), planning.dense_costs(program), bench.measure(model)))
     for number, trial in enumerate(wanted):
         told(f"{trial.label} at {trial.ratio:g}", number, len(wanted))
         if trial not in kept.points:
@@ -156,7 +156,7 @@ class _Bench:
     def run(self, trial: Trial) -> Point:
         """One trial; what cannot be done is said."""
         try:
-            plan = pipeline.plan(
+            plan = planning.plan(
                 self.program, ratio=trial.ratio, importance=self._scores(trial.importance), seed=self.seed,
                 allocation=trial.allocation, knowledge=self.knowledge, **self.options,
             )  # fmt: skip
@@ -172,8 +172,8 @@ class _Bench:
 
     def _scores(self, name: str) -> Any:
         if name not in self.scored:
-            self.scored[name] = pipeline.scores(self.program, name, data=self.data, seed=self.seed)[name]
-        return pipeline.Known(name, self.scored[name])
+            self.scored[name] = planning.scores(self.program, name, data=self.data, seed=self.seed)[name]
+        return planning.Known(name, self.scored[name])
 
     def _repairs(self, name: str) -> Repairs:
         if name not in self.repairs:
