@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -85,13 +86,20 @@ def _transformers_inputs(model: nn.Module, config: Any, batch: int, length: int,
         made[main] = _pixels(config, batch, generator, _float_dtype(model))
     else:
         vocab = int(getattr(text, "vocab_size", None) or _embedding_rows(model))
-        made[main] = torch.randint(0, vocab, (batch, length), generator=generator)
+        made[main] = torch.randint(0, vocab, (batch * _rows(model, config, main), length), generator=generator)
         if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
             made["decoder_input_ids"] = torch.randint(0, vocab, (batch, length + 2), generator=generator)
         # A padding id among random ids would mask positions; ones say that every position is real.
         if "attention_mask" in names and getattr(config, "is_encoder_decoder", False):
             made["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
     return made
+
+
+def _rows(model: nn.Module, config: Any, name: str) -> int:
+    """Rows of ``name`` for each of the batch, such as one a codebook, as the docstring of forward gives its shape."""
+    said = re.search(rf"\b{name} \([^)]*of shape `\(batch_size \* (\w+),", _innermost(model).forward.__doc__ or "")
+    rows = getattr(config, said[1], 1) if said else 1
+    return rows if isinstance(rows, int) else 1
 
 
 def _innermost(model: nn.Module) -> nn.Module:

@@ -65,6 +65,26 @@ def test_a_tiny_config_keeps_a_layer_of_each_kind() -> None:
     assert small.hidden_size < 64
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "causal/cohere_compass_text",  # rotary parameters of each kind of layer
+        "causal/dbrx",  # a field that the model reads and its config class does not have
+        "causal/deepseek_v2",  # as many kv heads as heads
+        "causal/dots3_note_text",  # sizes of one layer's own
+        "causal/lfm2_moe",  # no types of layers
+        "causal/musicgen",  # a row for each codebook
+        "causal/reformer",  # the parts of a width
+        "causal/xmod",  # a default among choices
+        "image/efficientnet",  # a multiplier of all widths
+    ],
+)
+def test_what_a_class_leaves_open_is_filled_in(name: str) -> None:
+    model, refusal = coverage_one.build(name)
+    assert refusal == ""
+    assert sum(p.numel() for p in model.parameters()) < 100_000
+
+
 def road(name: str) -> dict[str, Any]:
     return list(coverage_one.Road(name).stages())[-1]
 

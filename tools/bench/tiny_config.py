@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Path = tuple[str, ...]
+
+_SIZES = ("widths", "ffn", "lists", "head_dim", "experts ffn", "ranks")
+_ALIKE = (*_SIZES, "rope", "heads", "kv heads")
 
 # The first pattern that the whole name of a field matches says what the field is: its family, and its small value.
 RULES: tuple[tuple[str, str, int], ...] = tuple(
@@ -26,7 +29,7 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
         },
         "kv heads": {
             r"(.*_)?num_key_value_heads|num_kv_heads|kv_n_heads|n_kv_heads|multi_query_group_num": 2,
-            r"linear_num_key_heads|num_query_groups": 2,
+            r"linear_num_key_heads|num_query_groups": 2, r"(.*_)?kv_heads": 1,
         },
         "heads": {
             r"(.*_)?(num_attention_heads|attention_heads|num_heads|n_heads?|num_value_heads)": 4,
@@ -59,10 +62,10 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
             r"mamba_d_ssm|attention_hidden_size|cross_attention_hidden_size|out_hidden_size": 32,
         },
         "layers": {
-            r"(.*_)?num_(hidden_|encoder_|decoder_|residual_|adapter_|dense_)?layers|n_layers?|depth|num_blocks": 2,
+            r"(.*_)?num_(hidden_|encoder_|decoder_|residual_|adapter_)?layers|n_layers?|depth|num_blocks": 2,
             r"(.*_)?(encoder|decoder|hidden)_layers|num_self_attends_per_block|num_feedforward_networks": 2,
             r"num_layers_per_stack|num_(sparse_)?(encoder|decoder)_layers": 2,
-            r"max_window_layers|first_k_dense_replace|.*_start_index|mlp_only_until": 1,
+            r"max_window_layers|first_k_dense_replace|num_dense_layers|.*_start_index|mlp_only_until": 1,
             r"num_kv_shared_layers|num_nextn_predict_layers": 0,
         },
         "periods": {
@@ -80,9 +83,11 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
         "windows": {
             r"(.*_)?(sliding_window|local_attention|attention_window|window_size|chunk_size|attention_window_size)": 8,
             r"sliding_window_size|keep_window_size|attention_chunk_size|index_topk(_blocks)?": 8,
-            r"num_landmarks|block_size|segment_means_seq_len|rel_extent|index_block_size": 8,
+            r"num_landmarks|segment_means_seq_len|rel_extent|index_block_size": 8,
+            r"block_size": 4,  # so that example inputs have more than one block
             r"(lsh|local)_attn_chunk_length": 8,
         },
+        "budgets": {r".*_budget": 8, r".*_compress_ratio": 2},
         "images": {r"(.*_)?image_size|crop_size": 64},
         "latents": {r"num_latents": 12, r"prompt_length|num_prompts": 5},
         "others": {r"seed|.*version": -1},
@@ -117,6 +122,8 @@ class Knob:
 
     def scaled(self, factor: int) -> Any:
         """The default divided by ``factor``, two at least; for a list, each entry."""
+        if isinstance(self.default, float):
+            return self.default / factor
         if isinstance(self.default, int):
             return max(2, self.default // factor)
         if isinstance(self.default, list) and all(isinstance(v, int) for v in self.default):
@@ -139,11 +146,16 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
         if isinstance(value, dict):
             if value and all(str(key).isdigit() for key in value) and name != "id2label":
                 layers = len(places) or 2
-                yield Knob(path, "layers", value, {key: v for key, v in value.items() if int(key) < layers})
+                yield Knob(path, "layers", value, {k: _layer(v) for k, v in value.items() if int(k) < layers})
             elif name not in ("id2label", "label2id", "rope_parameters", "rope_scaling"):
                 yield from _knobs(value, path)
+            elif name == "rope_parameters" and not value and (kinds := values.get("layer_types")):
+                ropes = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in kinds}
+                yield Knob(path, "missing rope", value, ropes)
         elif name in lists:
             yield Knob(path, "layers", value, [_entry(name, value[place], vocabulary) for place in places])
+        elif isinstance(value, list | tuple) and len(value) > 1 and (whole := _whole(value, values)):
+            yield Knob(path, "widths", list(value), [v * whole[1] // whole[0] for v in value])
         elif isinstance(value, list):
             yield from _of_list(path, value, len(places))
         elif value is None and (missing := _small(name, 0, vocabulary)) is not None and missing[0] in _MISSED:
@@ -152,23 +164,41 @@ def _knobs(values: Mapping[str, Any], at: Path) -> Iterator[Knob]:
             yield Knob(path, "missing ids", None, _token(name, 0))
         elif name == "is_decoder" and value is False:
             yield Knob(path, "missing decoder", False, True)
+        elif value is None and re.fullmatch(r"clip_\w+", name):
+            yield Knob(path, "missing clip", None, 8)
+        elif name == "layer_types" and value is None:
+            yield Knob(path, "missing layers", None, ["conv", "full_attention"])
+        elif value is None and (first := _first_of(name, values)) is not None:
+            yield Knob(path, "missing default", None, first)
+        elif isinstance(value, float) and re.fullmatch(r"width_(coefficient|multiplier)", name):
+            yield Knob(path, "multipliers", value, value)
         elif isinstance(value, int) and not isinstance(value, bool):
             small = _small(name, value, vocabulary)
             if re.fullmatch(r"stem_(\w*channels|hidden_size)", name):
                 small = ("lists", narrow(value))
+            if name == "head_dim" and isinstance(part := values.get("qk_nope_head_dim"), int) and value > part:
+                small = ("head_dim", 12)  # the whole head, with and without rotation
             if small is not None and name in _COUNTS and lists:
                 small = (small[0], len(places))
             if small is not None and small[1] != value and (value > small[1] or name.endswith("_token_id")):
                 yield Knob(path, small[0], value, small[1])
 
 
-_MISSED = ("vocab", "experts", "experts ffn", "kv heads", "head_dim", "ffn")
+_MISSED = ("vocab", "experts", "experts ffn", "heads", "kv heads", "head_dim", "ffn", "budgets")
 """What a class may leave open and its model then need."""
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def _is(values: Mapping[str, Any], name: str) -> bool:
     return isinstance(values.get(name), int)
+
+
+def _layer(values: Any) -> Any:
+    """What one layer has of its own, made small; sizes that were the same still are."""
+    if not isinstance(values, dict):
+        return values
+    small = {path[-1]: value for path, value in _alike(list(_knobs(values, ())), _ALIKE).items()}
+    return values | small
 
 
 def _entry(name: str, value: Any, vocabulary: int) -> Any:
@@ -204,13 +234,53 @@ def _small(name: str, value: int, vocabulary: int) -> tuple[str, int] | None:
     return None
 
 
+def _whole(parts: Sequence[Any], values: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The width of which these are the parts, and the small one, where the small one has the same parts."""
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in parts):
+        return None
+    for name, value in values.items():
+        family, small = (isinstance(value, int) and _small(name, value, 0)) or ("", 0)
+        if family == "widths" and value == sum(parts) and all(v * small % value == 0 for v in parts):
+            return value, small
+    return None
+
+
+def _first_of(name: str, values: Mapping[str, Any]) -> Any:
+    """For ``default_language``, the first of ``languages``."""
+    choices = values.get(f"{name.removeprefix('default_')}s") if name.startswith("default_") else None
+    return choices[0] if isinstance(choices, list | tuple) and choices else None
+
+
 def _token(name: str, value: int) -> int:
     """An id in the small vocabulary, another one for another name."""
     return 3 + (sum(map(ord, name)) * 7 + value) % 50
 
 
-def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
-    """Values for the knobs, the smallest first; then with one or two families left alone, or scaled down."""
+def knobs_asked(fields: Iterable[Path], values: Mapping[str, Any]) -> list[Knob]:
+    """Fields that a model reads and its config class does not have: as they are elsewhere in ``values``, or small."""
+    found = []
+    for path in dict.fromkeys(fields):
+        value = _elsewhere(path[-1], values)
+        if value is None and (small := _small(path[-1], 1 << 20, 0)) is not None:
+            value = small[1]
+        if value is not None:
+            found.append(Knob(path, "asked", None, value))
+    return found
+
+
+def _elsewhere(name: str, values: Mapping[str, Any]) -> int | float | None:
+    for key, value in values.items():
+        found = _elsewhere(name, value) if isinstance(value, dict) else value if key == name else None
+        if isinstance(found, int | float):
+            return found
+    return None
+
+
+def proposals(knobs: Sequence[Knob], asked: Callable[[], Sequence[Knob]] = tuple) -> Iterator[dict[Path, Any]]:
+    """Values for the knobs, the smallest first; then with one or two families left alone, or scaled down.
+
+    ``asked``: finds more knobs, when the first proposals were not enough.
+    """
     missing = [k for k in knobs if k.family.startswith("missing")]
     given = [k for k in knobs if k not in missing]
     families = list(dict.fromkeys(k.family for k in given))
@@ -219,13 +289,18 @@ def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
     yield {k.path: k.small for k in given if len(k.path) == 1}
     yield {k.path: k.small for k in (*given, *missing)}
     yield _alike(given) | {k.path: k.small for k in missing}
+    yield _alike(given, _ALIKE)
+    yield _alike(given, _ALIKE) | {k.path: k.small for k in missing}
     for family in dict.fromkeys(k.family for k in missing):
         yield {k.path: k.small for k in (*given, *(m for m in missing if m.family == family))}
+    if more := asked():
+        yield {k.path: k.small for k in (*given, *more)}
+        yield {k.path: k.small for k in (*given, *missing, *more)}
     knobs = given
     for family in families:
         yield {k.path: k.small for k in knobs if k.family != family}
     for factor in (8, 16, 4, 32, 2):
-        scaled = {k.path: k.scaled(factor) if k.family in _SIZES else k.small for k in knobs}
+        scaled = {k.path: k.scaled(factor) if k.family in (*_SIZES, "multipliers") else k.small for k in knobs}
         yield scaled
         for family in families:
             yield {path: v for path, v in scaled.items() if not _in(knobs, path, (family,))}
@@ -238,17 +313,14 @@ def proposals(knobs: Sequence[Knob]) -> Iterator[dict[Path, Any]]:
             yield {k.path: k.scaled(factor) if k.family == family else k.small for k in knobs}
 
 
-def _alike(knobs: Sequence[Knob]) -> dict[Path, Any]:
+def _alike(knobs: Sequence[Knob], families: Sequence[str] = (*_SIZES, "rope")) -> dict[Path, Any]:
     """The small values, the same for sizes of one sub-config that the class makes the same."""
     first: dict[tuple[Path, int], int] = {}
     found: dict[Path, Any] = {}
     for knob in knobs:
-        sized = knob.family in (*_SIZES, "rope") and isinstance(knob.default, int)
+        sized = knob.family in families and isinstance(knob.default, int)
         found[knob.path] = first.setdefault((knob.path[:-1], knob.default), knob.small) if sized else knob.small
     return found
-
-
-_SIZES = ("widths", "ffn", "lists", "head_dim", "experts ffn", "ranks")
 
 
 def _in(knobs: Sequence[Knob], path: Path, families: Sequence[str]) -> bool:
