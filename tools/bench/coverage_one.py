@@ -96,7 +96,10 @@ def build(name: str) -> tuple[nn.Module, str]:
     stop = time.process_time() + SEARCH_SECONDS
 
     def asked() -> list[tiny_config.Knob]:
-        config = config_class(**tiny_config.arguments(next(tiny_config.proposals(knobs)), types))
+        try:
+            config = config_class(**tiny_config.arguments(next(tiny_config.proposals(knobs)), types))
+        except Exception:  # the same as above: then no model reads anything of it
+            return []
         return tiny_config.knobs_asked(fields_asked(model_class, config), base.to_dict())
 
     for values in tiny_config.proposals(knobs, asked):

@@ -56,7 +56,7 @@ RULES: tuple[tuple[str, str, int], ...] = tuple(
         },
         "widths": {
             r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_size|emb_dim|embedding_dim|dim)": 32,
-            r"d_latents|lru_width": 32,
+            r"d_latents|lru_width": 32, r"num_filters": 4,  # doubled from stage to stage
             r"(.*_)?(hidden_size|embed_dim)_\w+|projection_(dim|size)|prediction_head_size|word_embed_proj_dim": 32,
             r"(.*_)?(output|input|out_hidden|pooler|pooler_output|entity_emb)_(dim|size)|entity_emb_size": 32,
             r"mamba_d_ssm|attention_hidden_size|cross_attention_hidden_size|out_hidden_size": 32,
