@@ -35,7 +35,7 @@ def knowledge(
         ),
     ] = None,
     freeze: Annotated[float, typer.Option(help="Share of the groups to leave whole, the most sensitive.")] = 0.1,
-    rows: Annotated[int, typer.Option(help="Validation rows per source to measure on; 0 for all.", min=0)] = 0,
+    rows: Annotated[int, typer.Option(help="Rows per source to measure on: of a data.yaml, to train on.", min=1)] = 32,
     kinds: options.KindsOption = None,
     device: options.DeviceOption = None,
     batch: Annotated[int, typer.Option(help="Rows per forward pass.", min=1)] = 8,
@@ -52,17 +52,16 @@ def knowledge(
     console.refuse_file(plot, ".svg", ".png", ".pdf")
     _check(ratios, freeze)
     from shear_ir import pipeline
-    from shear_ir.training.data import held_out, load_data
     from shear_ir.training.evaluate import evaluate, require_readable
     from shear_ir.training.knowledge import KINDS, RATIOS, measure_knowledge
+    from shear_ir.workflow.calibration import rows_to_judge_by
 
-    config = load_data(data, whole=True)
     with console.Told() as told:
         told("loading", 0, 1)
         loaded, tokenizer = open_language_model(model, trust_remote_code, dtype, device)
-        sources = held_out(config, tokenizer, told)
+        sources = rows_to_judge_by(data, tokenizer, told)
         require_readable(loaded.model, sources)
-        measured = {name: each[:rows] if rows else each for name, each in sources.items()}
+        measured = {name: each.spread(rows) for name, each in sources.items()}
 
         def loss(one: nn.Module) -> float:
             found = [evaluate(one, each, batch=batch) for each in measured.values()]

@@ -41,6 +41,10 @@ class Rows:
     def __getitem__(self, part: slice) -> Rows:
         return Rows(self.ids[part], self.counted[part], self.lengths[part])
 
+    def spread(self, count: int) -> Rows:
+        """``count`` rows, evenly over all of them; all where there are no more."""
+        return self[:: max(1, len(self) // count)][:count]
+
     @property
     def tokens(self) -> int:
         """Tokens that are no padding."""

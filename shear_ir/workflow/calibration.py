@@ -30,12 +30,18 @@ def calibration_batches(
     Of a data.yaml these are rows to train on, so that what is measured later was not looked at; of one file, its rows.
     Batches hold rows of one source. Raises ``LoadError``.
     """
+    sources = rows_to_judge_by(data, tokenizer, progress)
+    return batches_of(sources, samples, batch, seed), sources
+
+
+def rows_to_judge_by(
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+) -> dict[str, Rows]:
+    """Of a data.yaml the rows to train on, by source; of one file, its rows. Raises ``LoadError``."""
     config = load_data(data, whole=True)
     if Path(data).suffix.lower() in (".yaml", ".yml"):
-        sources = {name: source.train for name, source in prepare(config, tokenizer, progress).items()}
-    else:
-        sources = held_out(config, tokenizer, progress)
-    return batches_of(sources, samples, batch, seed), sources
+        return {name: source.train for name, source in prepare(config, tokenizer, progress).items()}
+    return held_out(config, tokenizer, progress)
 
 
 def batches_of(

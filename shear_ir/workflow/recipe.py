@@ -22,13 +22,14 @@ class Sensitivity:
     """How the knowledge distribution is measured. Raises ``PlanError`` for a bad value.
 
     ``ratios``: shares of a group that are masked; ``freeze``: share of the groups that stay whole, the most sensitive;
-    ``rows``: validation rows per source to measure on, all of them when 0. ``allocate``: the groups that are not
-    frozen lose what costs least by the same measurements, instead of the same share.
+    ``rows``: rows of every source to measure on, of those to train on, for what is held out is not looked at.
+    ``allocate``: the groups that are not frozen lose what costs least by the same measurements, instead of the same
+    share.
     """
 
     ratios: tuple[float, ...] = RATIOS
     freeze: float = 0.1
-    rows: int = 0
+    rows: int = 32
     allocate: bool = False
 
     def __post_init__(self) -> None:
@@ -39,8 +40,8 @@ class Sensitivity:
                 raise PlanError(f"a ratio is a share of a group between 0 and 1, not {ratio}")
         if not 0.0 <= self.freeze <= 1.0:
             raise PlanError(f"the share of groups to freeze is between 0 and 1, not {self.freeze}")
-        if self.rows < 0:
-            raise PlanError(f"rows to measure on are a number from 0 up, not {self.rows}")
+        if self.rows < 1:
+            raise PlanError(f"rows to measure on are a number from 1 up, not {self.rows}")
 
 
 @dataclass(frozen=True)

@@ -183,8 +183,8 @@ class _Run:
 
     def _loss(self, model: nn.Module) -> float:
         """The mean NLL of the sources on the rows that knowledge is measured on."""
-        first = self.recipe.knowledge.rows or None
-        found = [evaluate(model, s.validation[:first], **self._measuring()) for s in self.sources.values()]
+        count = self.recipe.knowledge.rows
+        found = [evaluate(model, s.train.spread(count), **self._measuring()) for s in self.sources.values()]
         return sum(each.nll for each in found) / len(found)
 
     def _target(self, frozen: tuple[str, ...], knowledge: Knowledge | None = None) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from shear_ir.errors import LoadError
 from shear_ir.training.data import DataConfig, Source, held_out, load_data, prepare
-from shear_ir.training.rows import IGNORED
+from shear_ir.training.rows import IGNORED, Rows
 
 WORDS = [*"abcdefghijklmnop", "system", "user", "assistant", "Instruction", "Response", "yes", "no", "#", ":"]
 SPECIAL = {"unk_token": "<u>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -79,6 +80,15 @@ def answers(folder: Path, text: str, made: PreTrainedTokenizerFast) -> list[str]
     """What the loss counts in each validation row."""
     rows = next(iter(held_out(config(folder, text), made).values()))
     return [made.decode(ids[counted]) for ids, counted in zip(rows.ids, rows.counted, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "numbers"), [(1, [0]), (3, [0, 3, 6]), (4, [0, 2, 4, 6]), (10, range(10)), (99, range(10))]
+)
+def test_some_rows_lie_evenly_over_all_of_them(count: int, numbers: Sequence[int]) -> None:
+    ids = torch.arange(10).view(10, 1).int()
+    rows = Rows(ids, torch.ones(10, 1, dtype=torch.bool), torch.ones(10).long())
+    assert rows.spread(count).ids.flatten().tolist() == list(numbers)
 
 
 def test_only_the_response_counts_with_and_without_a_chat_template(tmp_path: Path) -> None:

@@ -119,5 +119,5 @@ def test_a_repair_that_is_none_is_refused_from_python_too() -> None:
 
 
 def test_shares_that_are_none_are_refused_from_python_too() -> None:
-    with pytest.raises(PlanError, match="rows to measure on are a number from 0 up, not -1"):
-        Sensitivity(rows=-1)
+    with pytest.raises(PlanError, match="rows to measure on are a number from 1 up, not 0"):
+        Sensitivity(rows=0)
