@@ -104,10 +104,15 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
 def _unbatched(exported: ExportedProgram) -> ExportedProgram:
     """The program with every ``vmap`` worked out: its calls, read as they stand, have one dim less than their values.
 
-    Torch's own way to do that traces the whole program anew.
+    Torch's own way to do that traces the whole program anew, and hands out what was written in place as more outputs.
     """
-    mapped = any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in exported.graph.nodes)
-    return exported.run_decompositions({}) if mapped else exported
+    if not any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in exported.graph.nodes):
+        return exported
+    made = exported.run_decompositions({})
+    signature = made.graph_signature
+    for name in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
+        raise TraceError(f"beside a vmap, {name.removeprefix(_ROOT + '.')} is written to in place")
+    return made
 
 
 class _UnsettledError(Exception):

@@ -56,3 +56,17 @@ def test_a_mapped_function_is_traced_with_the_dims_it_has(backend: Literal["grap
     assert plan.kept["wide.weight"][0].size < 11
     small = sir.shear(model, plan, inputs=x, backend=backend)
     sir.verify(model, small, plan, [{"x": x}, {"x": torch.randn(5, 9, 3)}]).raise_if_unsound()
+
+
+def test_what_is_written_to_beside_a_mapped_function_is_no_output() -> None:
+    class Counting(Mapped):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.add_(x.mean((0, 1)))
+            return super().forward(x)
+
+    with pytest.raises(sir.TraceError, match="beside a vmap, seen is written to in place"):
+        sir.trace(Counting(), torch.randn(4, 7, 3))
