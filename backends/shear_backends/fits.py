@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from shear_ir.axes import Axis, Dim, Mask, evaluate
+from shear_ir.axes import Axis, Dim, Mask, atoms, evaluate
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
 
@@ -47,16 +47,24 @@ class Fit:
 def find_fits(groups: Groups, masks: Mapping[Axis, Mask]) -> tuple[Fit, ...]:
     """What the plan changes in the sizes of each module's views and splits."""
     counts = {atom: int(stays.sum()) for atom, stays in masks.items()}
+    given = {atom for node in _inputs(groups) for dim in groups.axes.dims(node) for atom in atoms(dim)}
     found: dict[Fit, None] = {}
     for node in groups.program.calls():
         dims = list(_sized(groups, node))
         old = [dim.size for dim in dims]
         new = [evaluate(dim, lambda a: counts.get(a, a.size)) for dim in dims]
         places = tuple(place for place in range(len(dims)) if old[place] != new[place])
-        if places:
+        # A size with batch or length in it is another one at the next input.
+        if places and not any(given.intersection(atoms(dims[place])) for place in places):
             sizes = tuple(old[p] for p in places), tuple(new[p] for p in places)
             found[Fit(module_path(node), len(dims), places, *sizes)] = None
     return tuple(found)
+
+
+def _inputs(groups: Groups) -> Iterator[fx.Node]:
+    for node in groups.program.nodes:
+        if node.op == "placeholder" and groups.program.param(node) is None:
+            yield node
 
 
 def _sized(groups: Groups, node: fx.Node) -> Iterator[Dim]:
@@ -84,6 +92,25 @@ def install_fits(model: nn.Module, fits: Iterable[Fit]) -> None:
         module.forward = _FittedForward(inner, _Fitting((*known, *own)))
 
 
+def watch_fits(model: nn.Module) -> nn.Module:
+    """``model``, whose modules note from now on which fits they need."""
+    for mode in _modes(model).values():
+        mode.used = set()
+    return model
+
+
+def needed(model: nn.Module, fits: tuple[Fit, ...]) -> tuple[Fit, ...]:
+    """Those of ``fits`` that a module of the same class needed in the watched ``model``; all where it noted none."""
+    forms = {(type(module), fit.rank, fit.places) for module, mode in _modes(model).items() for fit in mode.used or ()}
+    found = tuple(f for f in fits if (type(model.get_submodule(f.module)), f.rank, f.places) in forms)
+    return found or fits
+
+
+def _modes(model: nn.Module) -> dict[nn.Module, _Fitting]:
+    forwards = {module: vars(module).get("forward") for module in model.modules()}
+    return {module: own.mode for module, own in forwards.items() if isinstance(own, _FittedForward)}
+
+
 class _FittedForward:
     """A module's forward with its fits; a class, so that models with it can be copied."""
 
@@ -102,6 +129,7 @@ class _Fitting(TorchFunctionMode):
     def __init__(self, fits: tuple[Fit, ...]) -> None:
         super().__init__()
         self.fits = fits
+        self.used: set[Fit] | None = None  # noted where the model is watched
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,13 +144,23 @@ class _Fitting(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _fitting(self, asked: Sizes, whole: int, measure: Callable[[Sizes], int]) -> Sizes:
-        """``asked`` where it can be had, else what one or more cuts made of it."""
-        known = [asked]
-        for sizes in known:
-            if measure(sizes) == whole:
-                return sizes
-            known += [made for fit in self.fits if (made := fit.of(sizes)) is not None and made not in known]
-        return asked
+        """``asked`` where it can be had, else what one or more cuts made of it; ``asked`` too where two answers fit."""
+        if measure(asked) == whole:
+            return asked
+        known: dict[Sizes, tuple[Fit, ...]] = {asked: ()}
+        todo = [asked]
+        for sizes in todo:
+            for fit in self.fits:
+                made = fit.of(sizes)
+                if made is not None and made not in known:
+                    known[made] = (*known[sizes], fit)
+                    todo.append(made)
+        answers = [sizes for sizes in todo if measure(sizes) == whole]
+        if len(answers) != 1:
+            return asked
+        if self.used is not None:
+            self.used.update(known[answers[0]])
+        return answers[0]
 
 
 def _are_sizes(asked: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shear_backends import attributes
 from shear_backends.attributes import Overrides, apply_attributes
 from shear_backends.config_inference import infer_config
-from shear_backends.fits import Fit, find_fits, install_fits
+from shear_backends.fits import Fit, find_fits, install_fits, needed, watch_fits
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.layers import drop_layers, moved, stays
@@ -89,9 +89,9 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
         if judge.agrees(build(model, cuts, recipe)):
             return recipe
         if judge.failed and recipe.config is None and fits:
-            fitted = replace(recipe, fits=fits)
-            if judge.agrees(build(model, cuts, fitted)):
-                return fitted
+            fitted = watch_fits(build(model, cuts, replace(recipe, fits=fits)))
+            if judge.agrees(fitted):
+                return replace(recipe, fits=needed(fitted, fits))
     judge.require_trace(model)
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"

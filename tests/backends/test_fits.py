@@ -59,6 +59,7 @@ def test_a_narrower_one_is_saved_loaded_and_pruned_again(tmp_path: Path) -> None
     family = trace(randomised(WideAttention()))
     (group,) = family.able("kv_head")
     once = sir.shear(family.model, family.without({group: [0, 3]}))
+    assert once.shear_record.fits == (Fit("", 3, (2,), (24,), (16,)),)
     sir.save(once, tmp_path / "out")
     again = sir.load(tmp_path / "out", WideAttention())
     assert same(outputs(once, family.feed), outputs(again, family.feed))
@@ -85,3 +86,11 @@ def test_only_a_size_that_cannot_be_had_is_mended() -> None:
         model(torch.zeros(36), (-1, 8))
     with pytest.raises(RuntimeError, match="invalid"):
         model(torch.zeros(30), (6, 8))
+
+
+def test_two_answers_are_none() -> None:
+    model = Viewing()
+    install_fits(model, [Fit("", 2, (0,), (8,), (6,)), Fit("", 2, (1,), (8,), (6,))])
+    assert model(torch.zeros(36), (8, 6)).shape == (6, 6)
+    with pytest.raises(RuntimeError, match="invalid"):
+        model(torch.zeros(48), (8, 8))
