@@ -108,7 +108,7 @@ def _unbatched(exported: ExportedProgram) -> ExportedProgram:
     """
     if not any(getattr(node.target, "__name__", "") == "_add_batch_dim" for node in exported.graph.nodes):
         return exported
-    made = exported.run_decompositions({})
+    made: ExportedProgram = exported.run_decompositions({})
     signature = made.graph_signature
     for name in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
         raise TraceError(f"beside a vmap, {name.removeprefix(_ROOT + '.')} is written to in place")
