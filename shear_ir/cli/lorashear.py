@@ -89,6 +89,11 @@ def _recipe(path: Path | None, stock: bool, **given: Any) -> Recipe:
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
     made = (Recipe() if path is None else load_recipe(path)).with_options(**given)
+    if stock and made.allocation != "uniform":
+        option = "knowledge.allocate" if made.knowledge.allocate else "pruning.compete"
+        raise PlanError(
+            f"--stock wants layers of like sizes, and {option} of the recipe makes them unlike: leave one out"
+        )
     return replace(made, knowledge=replace(made.knowledge, freeze=0.0)) if stock else made
 
 

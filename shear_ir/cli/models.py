@@ -60,11 +60,26 @@ def open_language_model(
     loaded = open_model(spec, trust, dtype)
     if loaded.config_only or loaded.source is None:
         raise LoadError(f"{spec} has no {'weights' if loaded.config_only else 'folder with a tokenizer'} to work with")
-    tokenizer = open_tokenizer(loaded.source, trust)
+    tokenizer = open_tokenizer(_with_tokenizer(loaded.source), trust)
     # Of the processes that accelerate launches, each has a card of its own.
     card = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     loaded.model.to(card if device != "cpu" and torch.cuda.is_available() else "cpu")
     return loaded, tokenizer
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    """``folder``, or where it holds an adapter without a tokenizer, the folder of its base."""
+    from shear_ir.frontend.adapter_files import base_of
+    from shear_ir.frontend.files import ADAPTER_CONFIG
+
+    if not (folder / ADAPTER_CONFIG).is_file() or _has_vocabulary(folder):
+        return folder
+    base = Path(base_of(folder))
+    return base if base.is_dir() else folder
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    return any(file for pattern in _VOCABULARIES for file in folder.glob(pattern))
 
 
 def open_tokenizer(folder: Path, trust: bool = False) -> Any:
@@ -77,7 +92,7 @@ def open_tokenizer(folder: Path, trust: bool = False) -> Any:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except Exception as failure:  # whatever stock code raises, the answer is that it does not load
-        if not any(file for pattern in _VOCABULARIES for file in folder.glob(pattern)):
+        if not _has_vocabulary(folder):
             raise LoadError(
                 f"{folder} holds no tokenizer: save the one that the model was trained with there (save_pretrained)"
             ) from failure

@@ -86,7 +86,8 @@ class Pruning:
             criterion(name)
         except PlanError as failure:
             raise PlanError(
-                f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}, and those of --importance"
+                f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}, and those of --importance, "
+                f"of which {failure}"
             ) from failure
 
     def course(self) -> Periods:

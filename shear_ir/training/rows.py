@@ -42,7 +42,7 @@ class Rows:
         return Rows(self.ids[part], self.counted[part], self.lengths[part])
 
     def spread(self, count: int) -> Rows:
-        """``count`` rows, evenly over all of them; all where there are no more."""
+        """``count`` rows, each as far from the one before as there are whole steps; all where there are no more."""
         return self[:: max(1, len(self) // count)][:count]
 
     @property

@@ -81,12 +81,20 @@ def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measu
         kind = kind.to(units.device)
         for name, weight in used.items():
             values = (known[name] if name in known else CRITERIA[name](found))[kind]
-            score[kind] += weight * values / values.norm().clamp_min(torch.finfo(torch.float32).tiny)
+            score[kind] += weight * _unit(values).to(score)
     return score
 
 
+def _unit(values: Tensor) -> Tensor:
+    """``values`` over their L2 norm; what is infinite, such as a unit that is never to go, stays so and counts not."""
+    finite = torch.where(values.isfinite(), values, 0.0).double()
+    largest = finite.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = finite / largest  # whose squares neither vanish nor overflow
+    return torch.where(values.isfinite(), scaled / scaled.norm().clamp_min(1e-30), values.double())
+
+
 def _numbered(units: Units, scores: Scores) -> Tensor:
-    """Scores by group as those of all units, shape ``(units,)``, fp32; another trace has the same names."""
+    """Scores by group as those of all units, shape ``(units,)``; another trace of the model has the same names."""
     named = {group.name: group for group in scores}
 
     def of(group: Group) -> Tensor:
@@ -95,7 +103,7 @@ def _numbered(units: Units, scores: Scores) -> Tensor:
         except KeyError as failure:
             raise PlanError(f"scores say nothing of {group.name}: pass those of this model") from failure
 
-    return torch.cat([of(group) for group in units.groups]).float().to(units.device)
+    return torch.cat([of(group) for group in units.groups]).to(units.device)
 
 
 def check_weights(weights: Mapping[str, float], measured: Iterable[str] = ()) -> None:

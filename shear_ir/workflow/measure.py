@@ -27,6 +27,7 @@ def compare_speed(models: Sequence[nn.Module], ids: Tensor, new_tokens: int = 32
     """The speed of each model on ``ids``, int64 of shape ``(batch, length)``, measured in turns against each other."""
     # Generation begins with half of the rows' length, so that the new tokens have room behind it.
     start = ids[:, : max(1, ids.shape[1] // 2)]
+    new_tokens = min(_room(model, start.shape[1], new_tokens) for model in models)
     forward: list[list[float]] = [[] for _ in models]
     generate: list[list[float]] = [[] for _ in models]
     for number in range(ROUNDS + 1):  # the first run warms up
@@ -43,7 +44,7 @@ def sample(model: nn.Module, tokenizer: Any, prompt: Sequence[int], new_tokens: 
     """What the model writes after the tokens ``prompt``, greedily; empty where it does not generate."""
     if not hasattr(model, "generate"):
         return ""
-    made = _generated(model, torch.tensor([list(prompt)]), new_tokens)
+    made = _generated(model, torch.tensor([list(prompt)]), _room(model, len(prompt), new_tokens))
     return str(tokenizer.decode(made[0, len(prompt) :].tolist(), skip_special_tokens=True))
 
 
@@ -52,8 +53,14 @@ def _forward(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids.to(_device(model)))
 
 
+def _room(model: nn.Module, length: int, new_tokens: int) -> int:
+    """How many of ``new_tokens`` the model has positions for after ``length`` tokens."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(0, min(new_tokens, positions - length)) if isinstance(positions, int) and positions > 0 else new_tokens
+
+
 def _generated(model: nn.Module, start: Tensor, new_tokens: int) -> Tensor:
-    if not hasattr(model, "generate"):
+    if not hasattr(model, "generate") or not new_tokens:
         return start
     start = start.to(_device(model))
     with torch.no_grad():

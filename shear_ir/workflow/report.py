@@ -14,6 +14,7 @@ from typing import Any
 from shear_ir.plans import Plan, write_text
 from shear_ir.training.evaluate import Loss
 from shear_ir.training.knowledge import Knowledge
+from shear_ir.training.saliency import measured_names
 from shear_ir.workflow.plots import plot_cuts, plot_knowledge, plot_losses
 
 REPORT = "report.md"
@@ -123,6 +124,8 @@ def _markdown(run: Mapping[str, Any], document: Mapping[str, Any]) -> Iterable[s
     )  # fmt: skip
     yield from _repair(document["pruning"].get("repair"))
     yield "![losses](pictures/losses.svg)\n"
+    yield "## How units were chosen\n"
+    yield f"{_choice(run['recipe'])}\n"
     yield "## What each group lost\n\nDeviation: how the mean loss grows when the group alone is pruned, in nats.\n"
     yield from _table(
         ("group", "module", "kind", "units", "kept", "deviation", ""),
@@ -145,6 +148,18 @@ def _markdown(run: Mapping[str, Any], document: Mapping[str, Any]) -> Iterable[s
         f"\nSeeds: {json.dumps(document['seeds'])}. Pruning took {document['pruning']['steps']} steps on "
         f"{document['pruning']['tokens']:,} tokens. All options are in `report.json`."
     )
+
+
+def _choice(recipe: Mapping[str, Any]) -> str:
+    knowledge, pruning = recipe["knowledge"], recipe["pruning"]
+    shares = (
+        "Layers lose what costs least by the knowledge distribution" if knowledge["allocate"]
+        else "Units of a kind compete across layers" if pruning["compete"] else "Every layer loses the same share"
+    )  # fmt: skip
+    weights = ", ".join(f"{name} ({weight:g})" for name, weight in pruning["criteria"].items())
+    measured = measured_names(pruning["criteria"])
+    rows = f", on {pruning['calibration']} training rows where it looks at data" if measured else ""
+    return f"{shares}; units go by {weights}{rows}."
 
 
 def _repair(made: Mapping[str, Any] | None) -> Iterable[str]:

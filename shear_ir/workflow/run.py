@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from shear_backends.adapted import merged
 from shear_backends.folder import refuse_existing, tidy
+from shear_backends.module import RECORD
 from shear_backends.store import Saved
 from shear_ir import pipeline, planning
 from shear_ir.errors import PlanError
-from shear_ir.frontend.base import has_adapters
+from shear_ir.frontend.adapters import find_adapters
+from shear_ir.frontend.base import has_adapters, plain_base
 from shear_ir.plans import Plan
 from shear_ir.repairing import repair
 from shear_ir.training.data import DataConfig, Progress, Source, load_data, prepare
@@ -114,8 +116,10 @@ class _Run:
             "data": digest_of([data, self.data.model_dump(mode="json", include={"stages"})]),
         })  # fmt: skip
         self._note("dense", self.model)
+        pruned_before = self.work.path("pruned").is_dir()
+        scores = {} if pruned_before else self._scores()  # first, for a criterion may not be able to
         knowledge = self._knowledge()
-        small, plan, pruned = self._pruned(knowledge)
+        small, plan, pruned = self._pruned(knowledge, scores)
         self._note("pruned", small)
         small, stages = run_stages(
             small, self.data, self.sources, self.losses["dense"], self.settings, self.work,
@@ -134,11 +138,16 @@ class _Run:
         self.state = PartialState(cpu=on_cpu(self.recipe.pruning.device))
         self.settings = stage_settings(self.data, self.recipe, self.place)
         arguments(self.recipe.pruning.training(), self.place)
-        if not has_adapters(self.model):  # those of the user's own are pruned with as they are
+        # Adapters of the user's own are pruned with as they are; what is left at the end has none, and is what counts.
+        self.plain = plain_base(self.model) if has_adapters(self.model) else self.model
+        if self.plain is self.model:
             require_rank(self.model, self.recipe.pruning.rank, "pruning.rank")
+        elif not any(adapter.active for adapter in find_adapters(self.model)):
+            raise PlanError("the adapters of the model are switched off: switch one on, or give the model without them")
         for name, each in self.settings.items():
             require_rank(self.model, each.rank, f"the rank of the stage {name}")
         self.groups = pipeline.groups(pipeline.trace(self.model))
+        self.counted = self.groups.program if self.plain is self.model else pipeline.trace(self.plain)
         self._target(())
         names = [group.name for group in candidates(self.groups, self.choice.kinds)]
         if frozen_count(self.recipe.knowledge.freeze, len(names)) == len(names):
@@ -193,7 +202,7 @@ class _Run:
         measured = self.recipe.allocation == "by-knowledge"
         try:
             return planning.plan(
-                self.groups.program, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
+                self.counted, ratio=chosen.ratio, round_to=chosen.round_to, kinds=chosen.kinds,
                 only=chosen.only, skip=chosen.skip, frozen=frozen, importance="magnitude",
                 # Before anything is measured it can be seen all the same whether the ratio is within reach.
                 allocation="uniform" if measured and knowledge is None else self.recipe.allocation,
@@ -207,7 +216,7 @@ class _Run:
                 f"{failure}: lower knowledge.freeze (0 is --stock), or the ratio"
             ) from failure
 
-    def _pruned(self, knowledge: Knowledge) -> tuple[nn.Module, Plan, dict[str, Any]]:
+    def _pruned(self, knowledge: Knowledge, scores: Mapping[str, Scores]) -> tuple[nn.Module, Plan, dict[str, Any]]:
         """The sheared model as it was saved: a run that is gone on with is no other than one that was not stopped."""
         folder = self.work.path("pruned")
         dense = self.model
@@ -215,7 +224,6 @@ class _Run:
             target = self._target(knowledge.frozen, knowledge)
             # What cannot be sheared is to be known before hours of training, not after them.
             pipeline.shear(self.model, target)
-            scores = self._scores()
             before = self._before()
             made = prune(
                 self.model, self.groups, target, self._first(), self.recipe.pruning, self.work.path("lhspg"),
@@ -224,9 +232,10 @@ class _Run:
             dense = made.model
             told = {"steps": made.steps, "tokens": made.tokens}
             self.work.once(False, lambda: self._shear(before, dense, made.kept, told))
-        small = pipeline.load(folder, dense)
+        # What was sheared before is made again of its own dense class, which the folder names.
+        small = pipeline.load(folder, None if _is_sheared(dense) else dense)
         _to_device(small, self.state.device)
-        return small, Plan.load(folder / "plan.json"), self.work.document("pruning.json", dict)
+        return small, Plan.load(self.work.path("cut.json")), self.work.document("pruning.json", dict)
 
     def _first(self) -> dict[str, Source]:
         """What is trained on while units go: the sources of the first stage."""
@@ -243,10 +252,13 @@ class _Run:
         if not names:
             return {}
         told = self._told("judging units")
-        return planning.scores(
+        found = planning.scores(
             self.groups.program, *names, data=self._calibration(), seed=self.recipe.pruning.seed,
             progress=None if told is None else lambda done, total: told(done, total or 0),
         )  # fmt: skip
+        asked = candidates(self.groups, self.choice.kinds)
+        # Whether a criterion has scores for a group is seen when they are read.
+        return {name: {group: scores[group] for group in asked} for name, scores in found.items()}
 
     def _before(self) -> nn.Module | None:
         """The model as it is before the training, its adapters merged, where it is to be repaired."""
@@ -279,6 +291,7 @@ class _Run:
         speeds = compare_speed([dense, small], ids)
         document = {**pruned, "speed": {"dense": asdict(speeds[0]), "sheared": asdict(speeds[1])}}
         self.work.write("pruning.json", document)
+        plan.save(self.work.path("cut.json"))  # that of this run alone: the folder's has earlier ones in it
         pipeline.save(small, self.work.path("pruned"), force=True)
 
     def _better(
@@ -315,6 +328,10 @@ class _Run:
             small, self.work, out, tell, source=source, tokenizer=self.tokenizer, force=force, keep_work=self.keep_work
         )
         return Outcome(done, plan, report.get("document", {}))
+
+
+def _is_sheared(model: nn.Module) -> bool:
+    return any(RECORD in vars(module) for module in model.modules())
 
 
 def _to_device(model: nn.Module, device: torch.device | str) -> None:

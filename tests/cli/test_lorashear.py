@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from shear_ir.training.knowledge import Knowledge
 from shear_ir.workflow import measure, stages
 from shear_ir.workflow.recipe import load_recipe
 from tests.cli.conftest import Shear
-from tests.workflow.tiny import write_data, write_model, write_recipe
+from tests.training.tiny import adapted
+from tests.workflow.tiny import RECIPE, write_data, write_model, write_recipe
 
 GROUPS = ["kv0", "ffn0", "kv1", "ffn1"]
 
@@ -206,3 +208,19 @@ def test_an_interrupt_leaves_the_work_and_the_same_command_goes_on(
 
 def test_the_recipe_of_the_tests_is_read_as_it_was_written(place: Path) -> None:
     assert load_recipe(place / "recipe.yaml").stage("tuning").max_rounds == 1
+
+
+def test_stock_and_layers_of_unlike_sizes_are_refused_together(shear: Shear, place: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", replace(RECIPE, knowledge=replace(RECIPE.knowledge, allocate=True)))
+    asked = ("lorashear", place / "model", "--ratio", "0.3", "--data", place / "data" / "data.yaml", "--recipe", recipe)
+    refused = shear(*asked, "--stock", "-o", tmp_path / "out")
+    assert refused.code == 2
+    assert "--stock wants layers of like sizes, and knowledge.allocate of the recipe" in refused.sentence
+
+
+def test_the_tokenizer_of_an_adapter_may_be_that_of_its_base(shear: Shear, place: Path, tmp_path: Path) -> None:
+    model = adapted(targets=("q_proj",))
+    model.peft_config["default"].base_model_name_or_path = str(place / "model")
+    model.save_pretrained(tmp_path / "adapter")
+    data = place / "data" / "texts.jsonl"
+    assert shear("eval", tmp_path / "adapter", "--data", data, "--json").json["sources"]

@@ -82,6 +82,23 @@ def test_scores_that_were_measured_count_by_their_names_and_alone_before_any_tra
     torch.testing.assert_close(both, 2 * alone + saliency(trained, {"cosine": 1.0}))
 
 
+def test_a_unit_that_is_never_to_go_weighs_not_on_the_others_and_large_scores_are_scores() -> None:
+    groups = [g for g in base_groups() if g.kind == "ffn"]
+    rising = {g: np.arange(1.0, 1.0 + g.size) + place / 2 for place, g in enumerate(groups)}
+    units = Units(adapted(init_lora_weights=False), groups)
+    plain = saliency(units, {"mine": 1.0}, {"mine": rising})
+    for factor in (1e39, 1e-200):
+        torch.testing.assert_close(
+            saliency(units, {"mine": 1.0}, {"mine": {g: s * factor for g, s in rising.items()}}), plain
+        )
+    kept = {g: np.where(np.arange(g.size) == 3, np.inf, s) for g, s in rising.items()}
+    found = saliency(units, {"mine": 1.0, "cosine": 1.0}, {"mine": kept})
+    numbers = [units.starts[g] + 3 for g in groups]
+    assert found[numbers].tolist() == [np.inf] * len(groups)
+    order = saliency(units, {"mine": 1.0}, {"mine": kept}).argsort()
+    assert order.tolist()[: -len(groups)] == [n for n in plain.argsort().tolist() if n not in numbers]
+
+
 def test_scores_of_another_trace_of_the_model_are_found_by_name(units: Units) -> None:
     scores = sir.scores(sir.trace(build("llama_gqa")), "magnitude-l1")
     assert len(saliency(units, {"magnitude-l1": 1.0}, scores)) == units.count

@@ -89,6 +89,7 @@ def test_the_bundled_recipe_is_one() -> None:
         ("pruning: {periods: 0}", "recipe.yaml: pruning: there is at least one period of one step, not 0 of 20"),
         ("pruning: {criteria: {luck: 1}}", "recipe.yaml: pruning: there is no saliency criterion 'luck'"),
         ("pruning: {criteria: {}}", "recipe.yaml: pruning: "),
+        ("pruning: {criteria: {'flap{speed=1}': 1}}", "those of --importance, of which flap has no option .speed."),
         ("pruning: {repair: glue}", "recipe.yaml: pruning.repair: Input should be 'none' or 'least-squares'"),
         ("pruning: {calibration: 0}", "recipe.yaml: pruning: rows to calibrate on are a number from 1 up, not 0"),
         ("knowledge: {allocate: true}\npruning: {compete: true}", "recipe.yaml: layers share by what was measured"),

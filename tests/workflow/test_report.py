@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from shear_ir.training.evaluate import Loss
+from shear_ir.training.pruning import Pruning
+from shear_ir.training.settings import Recovery
+from shear_ir.workflow.recipe import Recipe, Sensitivity
 from shear_ir.workflow.report import degradation, mean, write_report
 from tests.workflow.drawn import KNOWLEDGE, PLAN
 
@@ -35,9 +38,11 @@ def document(**change: Any) -> dict[str, Any]:
         "best": 0,
         "stopped": "max rounds",
     }
-    seeds = {"pruning": {"seed": 1}, "recovery": {"seed": 2}}
+    recipe = Recipe(
+        Sensitivity(allocate=True), Pruning(seed=1, criteria={"flap": 2.0, "cosine": 0.5}), Recovery(seed=2)
+    )
     return {
-        "command": "shear-ir lorashear x", "choice": {"ratio": 0.2}, "recipe": seeds, "data": {"seed": 3}, "plan": PLAN,
+        "command": "shear-ir lorashear x", "choice": {"ratio": 0.2}, "recipe": recipe.to_json(), "data": {"seed": 3}, "plan": PLAN,
         "knowledge": KNOWLEDGE, "stock": False, "note": "uneven layers",
         "pruning": {"steps": 5, "tokens": 4321, "speed": {"dense": {"forward": 10.0, "generate": 0.0}, "sheared": {"forward": 12.5, "generate": 0.0}}},
         "losses": {"dense": DENSE, "pruned": PRUNED}, "samples": {"dense": "a ``` b"}, "stages": [stage], **change,
@@ -62,6 +67,8 @@ def test_the_text_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "| 1 | 0.90 | 0.10 | 2.100 | 4.100 | 1,234 | 5 |" in text
     assert "`shear_ir.load` loads it (uneven layers)" in text
     assert 'Seeds: {"pruning": 1, "recovery": 2, "data": 3}. Pruning took 5 steps on 4,321 tokens.' in text
+    said = "Layers lose what costs least by the knowledge distribution; units go by flap (2), cosine (0.5), on 128 training"
+    assert said in text
     assert "a ''' b" in text
     assert text.count("```") % 2 == 0
     kept = {g["group"]: g["kept"] for g in made["groups"]}

@@ -19,7 +19,7 @@ from shear_ir.errors import PlanError, SaveError
 from shear_ir.training.data import load_data, prepare
 from shear_ir.training.evaluate import evaluate, evaluate_sources
 from shear_ir.training.knowledge import Knowledge
-from shear_ir.workflow import publish
+from shear_ir.workflow import measure, publish
 from shear_ir.workflow import run as module
 from shear_ir.workflow.calibration import batches_of
 from shear_ir.workflow.recipe import Recipe
@@ -296,3 +296,53 @@ def test_adapters_of_the_user_are_merged_before_what_they_adapt_is_repaired(tmp_
     made = run(tmp_path / "out", data, model=model, recipe=mending(taylor=1.0, cosine=1.0))
     assert made.saved.stock
     assert {*made.report["pruning"]["repair"]} == {"name", "trained", "repaired", "taken"}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["up_proj"]}])
+def test_the_ratio_is_that_of_what_is_left_without_adapters(
+    tmp_path: Path, data: Path, options: dict[str, Any]
+) -> None:
+    model = adapted(targets=("q_proj", "v_proj"), **options)
+    made = run(tmp_path / "out", data, model=model, recipe=one_round(), ratio=0.3)
+    base = build("llama_gqa")
+    alone = sir.plan(sir.trace(base), ratio=0.3, importance="magnitude")
+    assert made.report["ratio"] == alone.ratio
+
+
+def one_round() -> Recipe:
+    return replace(RECIPE, recovery=replace(RECIPE.recovery, max_rounds=1), stages={})
+
+
+def test_what_was_sheared_before_is_sheared_once_more(tmp_path: Path, data: Path) -> None:
+    model = build("llama_gqa")
+    first = sir.shear(model, sir.plan(sir.trace(model), ratio=0.1, importance="magnitude", only=["*.layers.0.*"]))
+    sir.save(first, tmp_path / "first")
+    small = sir.load(tmp_path / "first")
+    made = run(tmp_path / "out", data, model=small, recipe=one_round(), ratio=0.2)
+    assert made.report["ratio"] == pytest.approx(0.2, abs=0.01)
+    assert made.report["costs"]["dense"]["parameters"] == small.num_parameters()  # type: ignore[operator]
+    assert sir.load(tmp_path / "out").num_parameters() == made.report["costs"]["sheared"]["parameters"]  # type: ignore[operator]
+
+
+def test_a_criterion_that_cannot_score_is_refused_before_knowledge_is_measured(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(PlanError, match="reap"):
+        run(tmp_path / "out", data, recipe=mending(reap=1.0))
+    assert not (tmp_path / "out.work" / "knowledge.json").exists()
+
+
+def test_adapters_that_are_switched_off_are_refused_first(tmp_path: Path, data: Path) -> None:
+    model = adapted(targets=("q_proj",))
+    model.disable_adapter_layers()
+    with pytest.raises(PlanError, match="the adapters of the model are switched off"):
+        run(tmp_path / "out", data, model=model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_writes_no_further_than_it_has_positions(tmp_path: Path) -> None:
+    model = build("gpt2")
+    model.config.max_position_embeddings = model.transformer.wpe.num_embeddings  # type: ignore[union-attr]
+    room = model.transformer.wpe.num_embeddings  # type: ignore[union-attr]
+    ids = torch.zeros(2, room - 1, dtype=torch.long)
+    (speed,) = measure.compare_speed([model], ids, new_tokens=room)
+    assert speed.forward > 0
+    assert len(measure.sample(model, tokenizer(), [5] * (room - 2), new_tokens=30).split()) <= 2
