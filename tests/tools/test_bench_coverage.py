@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -101,3 +102,31 @@ def test_a_type_that_no_config_builds_says_why() -> None:
     answer = road("causal/gemma4_assistant")
     assert answer["failure"]["stage"] == "build"
     assert "hidden_size" in answer["failure"]["cause"]
+
+
+class Slow:
+    """A process that has sent one stage and works on."""
+
+    def __init__(self) -> None:
+        self.exitcode: int | None = None
+
+    def is_alive(self) -> bool:
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        self.exitcode = -9
+
+    def join(self) -> None:
+        assert self.exitcode is not None, "waits for a process that nobody ends"
+
+
+def test_the_limit_holds_after_the_first_stage_too() -> None:
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    sending.send({"name": "causal/slow", "built": True, "stage": "trace"})
+    job = coverage.Job("causal/slow", Slow(), receiving)
+    assert coverage.answer_of(job, limit=60.0) is None
+    job.started -= 61.0
+    answer = coverage.answer_of(job, limit=60.0)
+    assert answer is not None
+    assert answer["failure"] == {"stage": "trace", "cause": "not done after 60 s"}
+    assert answer["built"]

@@ -48,6 +48,7 @@ class Job:
     process: Any
     pipe: Any
     started: float = field(default_factory=time.monotonic)
+    last: dict[str, Any] = field(default_factory=dict)
 
 
 def run_all(names: Sequence[str], jobs: int, limit: float, memory: int) -> Iterator[dict[str, Any]]:
@@ -86,17 +87,18 @@ def answer_of(job: Job, limit: float) -> dict[str, Any] | None:
     """What a process answered; None while it runs. Stages are sent as they are reached, and the last one counts."""
     spent = time.monotonic() - job.started
     over = spent > limit
-    if job.process.is_alive() and not over and not job.pipe.poll():
+    alive = job.process.is_alive()  # asked first: what a process sends is there when it has ended
+    try:
+        while job.pipe.poll():
+            job.last = job.pipe.recv()
+    except EOFError:
+        pass
+    last = job.last or {"name": job.name}
+    if alive and not over and not last.get("done"):
         return None
-    last: dict[str, Any] = {"name": job.name}
     if over:
         job.process.kill()
     job.process.join()
-    try:
-        while job.pipe.poll():
-            last = job.pipe.recv()
-    except EOFError:
-        pass
     if not last.get("done"):
         code = job.process.exitcode
         cause = f"not done after {limit:.0f} s" if over else f"the process ended with code {code}"
