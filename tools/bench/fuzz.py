@@ -141,7 +141,7 @@ def table(whole: Tally) -> Table:
         "distinct operators": f"{len(whole.ops)}, called {whole.ops.total():,} times",
         "groups": f"{whole.groups:,}, {whole.prunable / max(whole.groups, 1):.1%} of them prunable",
         "plans compared": f"{whole.plans:,}, {whole.moved / max(whole.plans, 1):.1%} of them moved the outputs",
-        "without a value by chance": f"{whole.undefined:,}, such as 0 / 0, not compared",
+        "no value by chance": f"{whole.undefined:,}, such as 0 / 0, not compared",
         "cut in the modules": f"{whole.modules['cut']:,}, refused {whole.modules['refused']:,}",
         "CPU seconds": f"{whole.seconds:,.0f}, {1000 * whole.seconds / max(checked, 1):.0f} ms a program",
         "broken": str(len(whole.broken)),
