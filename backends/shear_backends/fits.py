@@ -147,20 +147,19 @@ class _Fitting(TorchFunctionMode):
         """``asked`` where it can be had, else what one or more cuts made of it; ``asked`` too where two answers fit."""
         if measure(asked) == whole:
             return asked
-        known: dict[Sizes, tuple[Fit, ...]] = {asked: ()}
-        todo = [asked]
-        for sizes in todo:
+        known: list[tuple[Sizes, tuple[Fit, ...]]] = [(asked, ())]  # symbolic sizes have no hash
+        for sizes, by in known:
             for fit in self.fits:
                 made = fit.of(sizes)
-                if made is not None and made not in known:
-                    known[made] = (*known[sizes], fit)
-                    todo.append(made)
-        answers = [sizes for sizes in todo if measure(sizes) == whole]
+                if made is not None and all(made != other for other, _ in known):
+                    known.append((made, (*by, fit)))
+        answers = [(sizes, by) for sizes, by in known if measure(sizes) == whole]
         if len(answers) != 1:
             return asked
+        ((found, needed_fits),) = answers
         if self.used is not None:
-            self.used.update(known[answers[0]])
-        return answers[0]
+            self.used.update(needed_fits)
+        return found
 
 
 def _are_sizes(asked: Any) -> bool:

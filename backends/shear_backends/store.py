@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from shear_backends.adapter_store import ADAPTERS, has_saved_adapters, same_active, with_adapters, write_adapters
 from shear_backends.adapters import require_lora
@@ -169,7 +170,12 @@ def _exchanged(model: nn.Module, folder: Path, record: Record) -> list[str]:
     except LoadError:
         return []
     then = ((path, built.get(original(path, record.plan.gone)), module) for path, module in model.named_modules())
-    return [path for path, old, module in then if old is not None and type(old) is not type(module)]
+    return [path for path, old, module in then if old is not None and _class(old) is not _class(module)]
+
+
+def _class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; a parametrisation, such as a weight norm, gives each its own below it."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
 
 
 def carry(source: Path, folder: Path) -> None:
@@ -314,8 +320,11 @@ def _dense(document: RecordDocument, folder: Path) -> nn.Module:
     """
     dense = _built(document.model_class, document.config, folder, whole=bool(document.exchanged))
     if document.exchanged:
-        with evaluation(dense), torch.no_grad():
-            run(dense, example_inputs(dense))
+        try:
+            with evaluation(dense), torch.no_grad():
+                run(dense, example_inputs(dense))
+        except Exception as failure:  # the model's own code
+            raise LoadError(f"{folder}: {type(dense).__name__} does not run on example inputs: {failure}") from failure
     return dense
 
 

@@ -110,8 +110,10 @@ def _unbatched(exported: ExportedProgram) -> ExportedProgram:
         return exported
     made: ExportedProgram = exported.run_decompositions({})
     signature = made.graph_signature
-    for name in (*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()):
-        raise TraceError(f"beside a vmap, {name.removeprefix(_ROOT + '.')} is written to in place")
+    written = (signature.buffers_to_mutate, signature.user_inputs_to_mutate, signature.parameters_to_mutate)
+    names = [name for each in written for name in each.values()]
+    if names:
+        raise TraceError(f"beside a vmap, {names[0].removeprefix(_ROOT + '.')} is written to in place")
     return made
 
 

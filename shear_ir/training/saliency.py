@@ -73,6 +73,8 @@ def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measu
     """
     known = {name: _numbered(units, scores) for name, scores in (measured or {}).items() if name in weights}
     check_weights(weights, known)
+    weights = {name: weight for name, weight in weights.items() if weight}
+    known = {name: scores for name, scores in known.items() if name in weights}
     found = sums(units)
     learned = bool((found.delta > 0).any())
     used = weights if learned else {name: weights[name] for name in known} or {"magnitude": 1.0}

@@ -108,6 +108,31 @@ class Layout(nn.Module):
         return y
 
 
+class Flat(nn.Module):
+    """A flattened transpose, written to on the other side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 2), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).transpose(1, 2)
+        flat = y.flatten(1, 2)
+        y.mul_(3)
+        return self.b(y.transpose(1, 2)) + flat.sum()
+
+
+class Passed(Layout):
+    """The layout of the attention, passed on by a product with a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).view(2, 5, 3, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v) * 1.5
+        flat = y.transpose(1, 2).reshape(2, 5, 12)
+        y.mul_(3)
+        return flat
+
+
 class Later(Layout):
     """The same, and nobody reads the attention afterwards."""
 
@@ -119,6 +144,8 @@ class Later(Layout):
 def test_what_may_or_may_not_be_a_view_holds_what_its_layout_hangs_on() -> None:
     held = sound(Layout(), (2, 5, 8))
     assert held.prunable == 0
+    assert sound(Passed(), (2, 5, 8)).prunable == 0
+    assert sound(Flat(), (2, 5, 12)).prunable == 0
     assert sound(Later(), (2, 5, 8)).prunable == 1
 
 

@@ -118,7 +118,12 @@ class Inference:
     def _hold_undecided(self) -> None:
         for call, home in undecided(self.program):
             reason = f"%{call.name} = {op_name(call)} may or may not be a copy of what is written to in place"
-            for value in (call, home, *home.all_input_nodes):
+            # Layouts pass through calls, so whatever the memory is made of may have chosen it.
+            held, todo = {call, home}, [call, home]
+            for value in todo:
+                above = [n for n in value.all_input_nodes if n not in held and self.program.param(n) is None]
+                held.update(above)
+                todo.extend(above)
                 for dims in self.of_node.get(value.name, []):
                     for dim in dims:
                         freeze(dim, reason, at=call.name)

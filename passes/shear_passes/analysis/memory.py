@@ -21,7 +21,9 @@ _NO_COPIES = frozenset(
 SAME = _NO_COPIES | {"aten.clone", "aten._to_copy", "aten.lift_fresh_copy"}
 
 
-_BY_LAYOUT = frozenset(f"aten.{name}" for name in ("reshape", "reshape_as", "flatten", "ravel", "contiguous"))
+_BY_LAYOUT = frozenset(
+    f"aten.{name}" for name in ("reshape", "reshape_as", "flatten.using_ints", "ravel", "contiguous", "to.dtype_layout")
+)
 
 
 @dataclass(frozen=True)
