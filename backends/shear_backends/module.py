@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,7 @@ from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
 from shear_ir.plans import Kept, Plan
-from shear_ir.program import Program
+from shear_ir.program import Program, module_path
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
@@ -82,7 +83,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
     judge = Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
-    _require_eps(model, norms)
+    _require_eps(model, groups, norms)
     cuts = cut_by_id(model, plan.kept, norms)
     fits = find_fits(groups, masks)
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
@@ -161,9 +162,16 @@ def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
         return (weight + fix.offset) * scale - fix.offset
 
 
-def _require_eps(model: nn.Module, norms: Sequence[NormFix]) -> None:
+def _require_eps(model: nn.Module, groups: Groups, norms: Sequence[NormFix]) -> None:
     """Raise ``ShearingError`` for a norm whose eps is no attribute that could follow, however little that changes."""
+    means = Counter(module_path(made.node) for made in groups.axes.contractions if made.mean)
+    cut = Counter(fix.module for fix in norms)
     for fix in norms:
+        if fix.eps and fix.factor != 1 and cut[fix.module] < means[fix.module]:
+            raise ShearingError(
+                f"of the means in {fix.module or 'the root'}, only some become narrower, and they may share the eps "
+                f"{fix.eps:g}: use the graph backend"
+            )
         module = model.get_submodule(fix.module)
         unset = isinstance(module, nn.RMSNorm) and module.eps is None
         if fix.eps and fix.factor != 1 and not unset and fix.eps not in _floats(module).values():

@@ -79,6 +79,24 @@ def test_an_epsilon_in_the_code_cannot_follow_however_little_it_is() -> None:
         sir.shear(model, plan, inputs=torch.randn(3, 5))
 
 
+class Twin(nn.Module):
+    """Two norms of one module with one epsilon, of which one is narrower after a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.up, self.down = 1e-5, nn.Linear(5, 12), nn.Linear(12, 7)
+        self.first, self.second = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.first
+        y = self.up(x)
+        return self.down(y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps) * self.second)
+
+
+def test_an_epsilon_that_a_norm_of_full_width_reads_as_well_cannot_follow() -> None:
+    assert sound(Twin(), (3, 5)).modules == {"refused": 2}
+
+
 class Stretch(nn.Module):
     """Some rows of what loses columns."""
 
