@@ -98,6 +98,14 @@ def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in config.items()}
 
 
+def require_sheared(folder: Path) -> None:
+    """Raise ``LoadError`` unless shear-ir wrote the folder."""
+    if not folder.is_dir():
+        raise LoadError(f"there is no folder {folder}")
+    if not (folder / RECORD_FILE).is_file():
+        raise LoadError(f"{folder} was not written by shear-ir: it holds no {RECORD_FILE}")
+
+
 def read_record(folder: Path) -> RecordDocument:
     """The record in ``folder``; raises ``LoadError`` when it is damaged."""
     try:

@@ -20,7 +20,7 @@ from shear_backends.adapters import require_lora
 from shear_backends.folder import written_whole
 from shear_backends.graph import tensors_of
 from shear_backends.module import RECORD, Recipe, Record, build, cut_by_id
-from shear_backends.record_file import RECORD_FILE, RecordDocument, read_record, write_record
+from shear_backends.record_file import RECORD_FILE, RecordDocument, read_record, require_sheared, write_record
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
@@ -107,8 +107,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code:
 
 
 def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -> nn.Module:
-    if not (folder / RECORD_FILE).is_file():
-        raise LoadError(f"{folder} was not written by shear-ir: it holds no {RECORD_FILE}")
+    require_sheared(folder)
     document = read_record(folder)
     record = document.record(Plan.load(folder / PLAN_FILE))
     if record.stock:

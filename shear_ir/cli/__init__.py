@@ -76,6 +76,8 @@ def _told(failure: Exception) -> tuple[str, int]:
         context = getattr(failure, "ctx", None)
         command = context.command_path if context is not None else "shear-ir"
         return f"{' '.join(mistyped().split()).rstrip('.')}; see {command} --help", 2
+    if isinstance(failure, ModuleNotFoundError) and failure.name and not failure.name.startswith("shear_"):
+        return f"this needs {failure.name.partition('.')[0]}, which is not installed: pip install 'shear-ir[train]'", 2
     kind = type(failure).__name__ + (f" ({said})" if said else "")
     return f"shear-ir failed with {kind}: please report it with what {DEBUG} shows", 1
 

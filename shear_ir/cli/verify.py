@@ -33,13 +33,12 @@ def verify(
     is compared in float32.
     """
     from shear_backends.adapter_store import ADAPTERS
+    from shear_backends.record_file import require_sheared
     from shear_backends.store import PLAN_FILE
     from shear_ir import pipeline
-    from shear_ir.frontend.files import SHEARED
     from shear_ir.plans import Plan
 
-    if not (out / SHEARED).is_file():
-        raise ShearError(f"{out} was not written by shear-ir: it holds no {SHEARED}")
+    require_sheared(out)
     whole = out / ADAPTERS / PLAN_FILE
     plan = Plan.load(whole if whole.is_file() else out / PLAN_FILE)
     made = changed(dict(plan.options))

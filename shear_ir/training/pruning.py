@@ -157,15 +157,8 @@ def _train(
     _wake(model)
     inside = torch.optim.AdamW(adapter_tensors(model).values(), lr=settings.lr, weight_decay=0.0)
     optimizer = LHSPG.from_plan(
-        inside,
-        model,
-        groups,
-        target,
-        course,
-        criteria=settings.criteria,
-        compete=settings.compete,
-        scores=scores,
-    )
+        inside, model, groups, target, course, criteria=settings.criteria, compete=settings.compete, scores=scores
+    )  # fmt: skip
     even = counts({name: 1.0 / len(rows) for name in rows}, course.total * settings.batch)
     sampler = Sampler({name: len(each) for name, each in rows.items()}, settings.seed)
     drawn = shuffled(sampler.draw(even), 1, settings.seed, 0)

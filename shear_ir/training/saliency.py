@@ -71,10 +71,10 @@ def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measu
     ``measured``: scores of the criteria that are none of ``CRITERIA``. Where no adapter has learned anything yet, these
     alone, or without any the magnitude. Raises ``PlanError`` for an unknown criterion.
     """
-    known = {name: _numbered(units, scores) for name, scores in (measured or {}).items() if name in weights}
-    check_weights(weights, known)
+    measured = measured or {}
+    check_weights(weights, measured)
     weights = {name: weight for name, weight in weights.items() if weight}
-    known = {name: scores for name, scores in known.items() if name in weights}
+    known = {name: _numbered(units, measured[name]) for name in weights if name in measured}
     found = sums(units)
     learned = bool((found.delta > 0).any())
     used = weights if learned else {name: weights[name] for name in known} or {"magnitude": 1.0}

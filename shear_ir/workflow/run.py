@@ -116,8 +116,7 @@ class _Run:
             "data": digest_of([data, self.data.model_dump(mode="json", include={"stages"})]),
         })  # fmt: skip
         self._note("dense", self.model)
-        pruned_before = self.work.path("pruned").is_dir()
-        scores = {} if pruned_before else self._scores()  # first, for a criterion may not be able to
+        scores = self._scores()  # first, for a criterion may not be able to
         knowledge = self._knowledge()
         small, plan, pruned = self._pruned(knowledge, scores)
         self._note("pruned", small)
@@ -247,9 +246,9 @@ class _Run:
         return batches_of(rows, self.recipe.pruning.calibration, seed=self.recipe.pruning.seed)
 
     def _scores(self) -> dict[str, Scores]:
-        """Of the criteria that are measured before the training."""
+        """Of the criteria that are measured before the training, unless that is over."""
         names = measured_names(self.recipe.pruning.criteria)
-        if not names:
+        if not names or self.work.path("pruned").is_dir():
             return {}
         told = self._told("judging units")
         found = planning.scores(

@@ -71,6 +71,16 @@ def test_a_narrower_one_is_saved_loaded_and_pruned_again(tmp_path: Path) -> None
     assert same(outputs(twice, family.feed), outputs(copy.deepcopy(twice), family.feed))
 
 
+def test_a_narrower_one_is_traced_for_inputs_of_any_size() -> None:
+    family = trace(randomised(WideAttention()))
+    (group,) = family.able("kv_head")
+    small = sir.shear(family.model, family.without({group: [0, 3]}))
+    program = sir.trace(small, family.feed, dynamic=True)
+    plan = sir.plan(program, ratio=0.2, kinds=("kv_head",), importance="magnitude")
+    graph = sir.shear(small, plan, backend="graph", inputs=family.feed)
+    sir.verify(small, graph, plan, [{"x": torch.randn(b, n, 24)} for b, n in ((2, 7), (3, 9))]).raise_if_unsound()
+
+
 class Viewing(nn.Module):
     def forward(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         return x.view(sizes)

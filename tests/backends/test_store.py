@@ -74,6 +74,22 @@ def test_what_stock_code_makes_by_itself_is_as_it_was_when_the_model_is_loaded(k
     assert set(model._keys_to_ignore_on_save or ()) == set(small._keys_to_ignore_on_save or ())  # type: ignore[arg-type]
 
 
+def test_a_parametrised_module_is_no_exchanged_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(
+        vocab_size=17, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40,
+        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )).eval()  # fmt: skip
+    feed = {"input_values": torch.randn(2, 400)}
+    program = sir.trace(model, feed)
+    plan = sir.plan(program, ratio=0.05, kinds=("ffn",), only=["*.layers.1.*"], importance="magnitude")
+    small = sir.shear(model, plan, inputs=feed)
+    saved = sir.save(small, tmp_path / "out")
+    assert not saved.stock
+    assert torch.equal(run(sir.load(saved.path), feed)[0], run(small, feed)[0])
+
+
 def attribute(name: str, value: int) -> Edit:
     def edit(record: dict[str, Any]) -> None:
         next(iter(record["attributes"].values()))[name] = value

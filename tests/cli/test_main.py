@@ -91,6 +91,15 @@ def test_a_fault_is_one_sentence_and_its_traceback_only_for_debug(
     assert err.endswith(said)
 
 
+def test_a_package_that_is_not_installed_is_named(shear: Shear, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.delitem(sys.modules, "shear_ir.training.lora", raising=False)
+    monkeypatch.delitem(sys.modules, "shear_ir.workflow.run", raising=False)
+    ran = shear("lorashear", MLP, "--ratio", "0.2", "--data", "README.md", "-o", "nowhere")
+    assert ran.code == 2
+    assert ran.sentence == "this needs peft, which is not installed: pip install 'shear-ir[train]'"
+
+
 def test_a_reader_that_leaves_early_is_no_error() -> None:
     command = f"{sys.executable} -m shear_ir --help | true; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False)

@@ -98,6 +98,7 @@ def test_a_model_that_is_not_there_is_one_sentence(
 
 
 def test_a_folder_that_shear_ir_did_not_write_cannot_be_verified(shear: Shear, llama: Path) -> None:
+    assert shear("verify", llama, llama / "none").sentence == f"there is no folder {llama / 'none'}"
     assert shear("verify", llama, llama).sentence == f"{llama} was not written by shear-ir: it holds no shear_ir.json"
 
 

@@ -48,3 +48,24 @@ def test_a_table_that_is_kept_is_read_anew() -> None:
     plan = family.without({heads: [1]})
     small = shear_module(model, family.groups, plan, feed)
     assert family.report(small, plan).sound
+
+
+class Merging(nn.Linear):
+    """Folds a change into its weight for evaluation, and takes it out to be trained."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 6)
+        self.change, self.merged = nn.Parameter(torch.randn(6, 5)), False
+
+    def train(self, mode: bool = True) -> Merging:
+        if mode == self.merged:
+            self.weight.data += self.change.data * (-1 if mode else 1)
+            self.merged = not mode
+        return super().train(mode)
+
+
+def test_a_module_that_keeps_nothing_is_not_trained_for_a_trace() -> None:
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(6, 4)).eval()
+    before = [p.clone() for p in model.parameters()]
+    trace(model, {"input": torch.randn(3, 5)})
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -58,11 +58,15 @@ def test_a_mapped_function_is_traced_with_the_dims_it_has(backend: Literal["grap
     sir.verify(model, small, plan, [{"x": x}, {"x": torch.randn(5, 9, 3)}]).raise_if_unsound()
 
 
-def test_what_is_written_to_beside_a_mapped_function_is_no_output() -> None:
+@pytest.mark.parametrize("parameter", [False, True])
+def test_what_is_written_to_beside_a_mapped_function_is_no_output(parameter: bool) -> None:
     class Counting(Mapped):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("seen", torch.zeros(3))
+            if parameter:
+                self.seen = nn.Parameter(torch.zeros(3), requires_grad=False)
+            else:
+                self.register_buffer("seen", torch.zeros(3))
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen.add_(x.mean((0, 1)))

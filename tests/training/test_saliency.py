@@ -99,6 +99,14 @@ def test_a_unit_that_is_never_to_go_weighs_not_on_the_others_and_large_scores_ar
     assert order.tolist()[: -len(groups)] == [n for n in plain.argsort().tolist() if n not in numbers]
 
 
+def test_a_criterion_of_no_weight_is_none() -> None:
+    groups = [g for g in base_groups() if g.kind == "ffn"]
+    fresh = Units(adapted(), groups)
+    infinite = {"mine": {g: np.full(g.size, np.inf) for g in groups}}
+    found = saliency(fresh, {"magnitude": 1.0, "mine": 0.0}, infinite)
+    torch.testing.assert_close(found, saliency(fresh, {"magnitude": 1.0}))
+
+
 def test_scores_of_another_trace_of_the_model_are_found_by_name(units: Units) -> None:
     scores = sir.scores(sir.trace(build("llama_gqa")), "magnitude-l1")
     assert len(saliency(units, {"magnitude-l1": 1.0}, scores)) == units.count

@@ -59,9 +59,9 @@ def undecided(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
     in place before the other is read. With each the call that made the memory. The sizes that are left after a cut may
     choose another kernel, another layout and so another function.
     """
-    if not any(True for node in program.nodes for _ in _targets(node)):
-        return
     memory = memory_of(program)
+    if not memory.writes:
+        return
     order = {node: place for place, node in enumerate(program.nodes)}
     sharing: dict[fx.Node, list[fx.Node]] = {memory.home[target]: [] for _, target in memory.writes}
     for node in order:
