@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,11 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_passes.importance.base import collect
+from shear_passes.importance.base import Importance, collect
 from shear_passes.importance.bonsai import Bonsai, MaskStatistics, coefficients
 from shear_passes.importance.calibration import Calibration, Data
+from shear_passes.importance.gradients import GradientStatistics
+from shear_passes.importance.lora_guided import LoraGuided
 from shear_passes.importance.magnitude import Magnitude
 from shear_passes.importance.mini_llm import ForwardGradients, ForwardGradientStatistics, MiniLlm
 from shear_passes.importance.reading import Flap, Minitron, Wanda
@@ -136,6 +140,13 @@ def test_magnitude_is_the_norm_of_all_slices(p: Any) -> None:
     close(of(scores(Magnitude(p=p)), "kv0"), torch.stack([w.norm(p=p) for w in flat]))
 
 
+def mean_of_rows(outputs: Any, feed: Any) -> Tensor:
+    """Each row counts the same, however many tokens it has."""
+    logits, ids, valid = outputs.logits[:, :-1], feed["input_ids"][:, 1:], feed["attention_mask"][:, 1:]
+    each = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none") * valid
+    return (each.sum(1) / valid.sum(1).clamp_min(1)).square().mean().sqrt()
+
+
 class Quadratic(nn.Module):
     """A loss whose gradient is known: of the mean square of a linear map and its reader."""
 
@@ -246,10 +257,63 @@ def test_several_criteria_share_one_pass() -> None:
     collect([s for c in criteria for s in c.statistics()], mine)
     together = [of(mine.get(c), "ffn1") for c in criteria]
     assert passes == [1, 2]
-    rows = [{"input_ids": ids[None]} for batch in batches() for ids in batch["input_ids"]]
     for criterion, found in zip(criteria, together, strict=True):
-        # With squares in the pass, batches come as single rows.
-        np.testing.assert_allclose(found, of(scores(criterion, data=rows), "ffn1"), rtol=1e-4)
+        np.testing.assert_allclose(found, of(scores(criterion), "ffn1"), rtol=1e-4)
+
+
+ALL = [
+    Taylor(), Taylor(order=2), Taylor(order="mixed"), Taylor(vector=True), LoraGuided(rank=2), MiniLlm(directions=2),
+    Bonsai(masks=3), Wanda(), Flap(), Minitron(),
+]  # fmt: skip
+
+
+def padded() -> list[dict[str, Tensor]]:
+    """Rows of 9, 4 and 6 tokens; of 7 and of a single one, of which none is predicted."""
+    found = []
+    for lengths in ((9, 4, 6), (7, 1)):
+        ids = torch.randint(3, 60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(max(lengths)))
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        found.append({"input_ids": ids, "attention_mask": mask})
+    return found
+
+
+@functools.cache
+def alone(criterion: Importance) -> dict[str, Any]:
+    return {name: of(scores(criterion, data=padded()), name) for name in ("ffn1", "kv0")}
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.combinations(ALL, 2)], ids=str)
+def test_scores_do_not_depend_on_who_shares_the_pass(one: Importance, other: Importance) -> None:
+    mine = manager("llama_gqa", padded())
+    collect([s for criterion in (one, other) for s in criterion.statistics()], mine)
+    for criterion in (one, other):
+        for name, wanted in alone(criterion).items():
+            # Two sums of the same terms in another order.
+            np.testing.assert_allclose(of(mine.get(criterion), name), wanted, rtol=1e-4, err_msg=str(criterion))
+
+
+@pytest.mark.parametrize("loss", [None, mean_of_rows], ids=["its own", "a function"])
+def test_a_loss_of_ones_own_means_the_same_in_company(loss: Any) -> None:
+    mine = manager("llama_gqa", padded(), loss=loss)
+    collect([*Taylor().statistics(), *Taylor(order=2).statistics()], mine)
+    one = scores(Taylor(), data=padded(), loss=loss)
+    np.testing.assert_allclose(of(mine.get(Taylor()), "ffn1"), of(one, "ffn1"), rtol=1e-4)
+
+
+def test_the_gradient_of_padded_rows_is_that_of_the_mean_over_all_tokens() -> None:
+    model = traced("llama_gqa")[0]
+    model.zero_grad()
+    losses = []
+    for batch in padded():
+        logits = model(**batch).logits[:, :-1]
+        valid = batch["attention_mask"][:, 1:].bool()
+        losses.append(nn.functional.cross_entropy(logits[valid], batch["input_ids"][:, 1:][valid], reduction="none"))
+    torch.cat(losses).mean().backward()
+    found = manager("llama_gqa", padded()).get(GradientStatistics())
+    for name, parameter in model.named_parameters():
+        if name in found.mean:
+            torch.testing.assert_close(found.mean[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    model.zero_grad(set_to_none=True)
 
 
 def test_gradients_without_a_loss_are_refused() -> None:

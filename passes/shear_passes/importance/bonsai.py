@@ -17,7 +17,7 @@ from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance.base import Importance, Score, Scored, Scores, Statistic, candidates, parameters_of
-from shear_passes.importance.calibration import Calibration, Data, Observer, Step
+from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
 from shear_passes.importance.substitution import Substitution
 
 Masks = npt.NDArray[np.bool_]
@@ -67,6 +67,8 @@ def _drawn(groups: Sequence[Group], asked: MaskStatistics) -> Masks:
 
 
 class _MaskObserver(Observer):
+    needs_loss = True
+
     def __init__(self, program: Program, groups: Sequence[Group], masks: Masks, calibration: Calibration) -> None:
         self.program, self.groups, self.masks = program, tuple(groups), masks
         self.substitution = Substitution(calibration.model, program, parameters_of(program, groups))
@@ -77,7 +79,11 @@ class _MaskObserver(Observer):
                 for owner in piece.index_map:
                     self.places.setdefault(piece.parameter, []).append((group, piece.dim, owner))
         self.losses = np.zeros(len(masks))
-        self.rows = 0
+        self.weight = 0
+
+    def portion(self, calibration: Calibration) -> Portion:
+        """Whole batches: every portion costs a forward pass for each mask."""
+        return "whole"
 
     @contextmanager
     def attach(self, calibration: Calibration) -> Iterator[None]:
@@ -86,8 +92,8 @@ class _MaskObserver(Observer):
     def after(self, step: Step) -> None:
         for number, mask in enumerate(self.masks):
             with self.substitution.using(lambda name, weight, mask=mask: self._masked(name, weight, mask)):  # type: ignore[misc]
-                self.losses[number] += step.rows * step.again()
-        self.rows += step.rows
+                self.losses[number] += step.weight * step.again()
+        self.weight += step.weight
 
     def _masked(self, name: str, weight: Tensor, mask: npt.NDArray[np.bool_]) -> Tensor:
         made = weight.clone()
@@ -99,7 +105,7 @@ class _MaskObserver(Observer):
 
     def finish(self) -> MaskLosses:
         self.substitution.require_used()
-        return MaskLosses(self.groups, self.masks, self.losses / max(self.rows, 1))
+        return MaskLosses(self.groups, self.masks, self.losses / max(self.weight, 1))
 
 
 @dataclass(frozen=True)

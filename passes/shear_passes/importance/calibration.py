@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,26 @@ Loss = Callable[[Any, Inputs], Tensor]
 Progress = Callable[[int, int | None], None]
 """Called with the number of batches done, and how many there are where that is known."""
 
+Portion = Literal["whole", "rows", "any"]
+"""What an observer is shown at a time: batches as they come, single rows, or whichever others ask for."""
+
+IGNORED = -100
+"""The label of what the loss does not count."""
+
 
 class Observer:
     """Watches a calibration: hooks that are on during each batch, and a look at the loss after it.
 
-    ``needs_loss`` and ``backward``: what must be computed. ``row_by_row``: batches come as single rows.
+    ``needs_loss`` and ``backward``: what must be computed. What it finds must not depend on who else watches, so it
+    says in ``portion`` what it is to be shown: ``any`` only where sums over rows are those over batches.
     """
 
     needs_loss = False
     backward = False
-    row_by_row = False
+
+    def portion(self, calibration: Calibration) -> Portion:
+        """What it is shown at a time."""
+        return "any"
 
     def attach(self, calibration: Calibration) -> AbstractContextManager[Any]:
         """Hooks that watch; they come off at the end."""
@@ -51,7 +61,10 @@ class Calibration:
 
     ``batches``: mappings of forward arguments, or tensors for the first one; an iterator can be read once.
     ``loss``: of one batch; when None, the model's own: ``outputs.loss``, a scalar output, or for a causal language
-    model the loss of the next token. ``mask`` is that of the batch at hand: 2-D, which tokens are no padding.
+    model the loss of the next token.
+
+    Of the portion at hand: ``masks``, which tokens are no padding, each of shape ``(rows, length)``; ``rows``;
+    ``weight``, what its loss is the mean over: tokens to be predicted, labels, or rows where that is not known.
     """
 
     model: nn.Module
@@ -62,48 +75,80 @@ class Calibration:
     takers: dict[nn.Parameter, list[Callable[[Tensor], None]]] = field(default_factory=dict, init=False)
     masks: tuple[Tensor, ...] = field(default=(), init=False)
     rows: int = field(default=0, init=False)
+    weight: int = field(default=0, init=False)
 
     def run(self, observers: Sequence[Observer]) -> None:
         """One pass over the batches with all of ``observers`` at once; nothing of a batch outlives it.
 
-        Weights, modes, gradients and cache settings are as before when it returns. Raises ``PlanError`` when there is
-        no batch, or no loss where one is needed.
+        Those that ask for rows and those that ask for whole batches each get a forward pass of their own. Weights,
+        modes, gradients and cache settings are as before when it returns. Raises ``PlanError`` when there is no batch,
+        or no loss where one is needed.
         """
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         seen = 0
         with _as_it_was(self.model), ExitStack() as hooks:
-            hooks.callback(self.takers.clear)
-            for observer in observers:
-                hooks.enter_context(observer.attach(self))
-            for parameter, takers in self.takers.items():
-                hooks.callback(_hand_over(parameter, takers).remove)
+            parts = self._parts(observers)
+            for view, watching, _ in parts:
+                hooks.callback(view.takers.clear)
+                for observer in watching:
+                    hooks.enter_context(observer.attach(view))
+            for parameter in dict.fromkeys(p for view, _, _ in parts for p in view.takers):
+                hooks.callback(_hand_over(parameter, [view for view, _, _ in parts]).remove)
             for number, batch in enumerate(self.batches, start=1):
-                for feed in self._feeds(batch, any(o.row_by_row for o in observers)):
-                    self._step(feed, observers)
-                    seen += 1
+                feed = as_feed(self.model, batch)
+                for view, watching, by_rows in parts:
+                    view._watch_alone([other for other, _, _ in parts])
+                    seen += view._show(feed, watching, by_rows)
                 if self.progress is not None:
                     self.progress(number, total)
         if not seen:
             raise PlanError("the calibration data has no batch; an iterator can be read only once: give a list")
+
+    @property
+    def knows_weights(self) -> bool:
+        """Whether it is known what the loss is the mean over; what a loss of the user's own averages is not."""
+        return self.loss is None
 
     def on_gradient(self, parameter: nn.Parameter, take: Callable[[Tensor], None]) -> None:
         """Call ``take`` with the gradient of ``parameter`` after each backward pass; then the gradient is dropped."""
         parameter.requires_grad_(True)
         self.takers.setdefault(parameter, []).append(take)
 
-    def _feeds(self, batch: Any, row_by_row: bool) -> Iterator[Inputs]:
-        feed = as_feed(self.model, batch)
-        rows = min(len(t) for t in feed.values() if t.dim())
-        for start in range(rows) if row_by_row else [None]:
-            yield feed if start is None else {n: t[start : start + 1] if t.dim() else t for n, t in feed.items()}
+    def _parts(self, observers: Sequence[Observer]) -> list[tuple[Calibration, list[Observer], bool]]:
+        """Views of this data, each with its observers and whether it shows single rows."""
+        asked = [(observer, observer.portion(self)) for observer in observers]
+        by_rows = any(portion == "rows" for _, portion in asked)
+        rows = [o for o, portion in asked if portion == "rows" or (by_rows and portion == "any")]
+        whole = [o for o, _ in asked if o not in rows]
+        found = [(rows, True), (whole, False)]
+        return [(Calibration(self.model, (), self.loss), each, single) for each, single in found if each]
 
-    def _step(self, feed: Inputs, observers: Sequence[Observer]) -> None:
-        backward = any(o.backward for o in observers)
+    def _watch_alone(self, views: Sequence[Calibration]) -> None:
+        """Only the observers of this one of ``views`` see what follows, and only their parameters take gradients."""
+        for view in views:
+            view.watching = view is self
+            for parameter in view.takers:
+                parameter.requires_grad_(parameter in self.takers)
+
+    def _show(self, feed: Inputs, observers: Sequence[Observer], by_rows: bool) -> int:
+        """Show a batch, whole or row by row; the number of portions."""
+        portions = list(_single(feed)) if by_rows else [feed]
+        weights = [self._weight(each) for each in portions]
+        for each, self.weight in zip(portions, weights, strict=True):
+            # A row without anything to predict adds nothing to the mean of its batch; its own would be 0 / 0.
+            self._step(each, observers, loses=self.weight > 0 or not any(weights))
+        return len(portions)
+
+    def _weight(self, feed: Inputs) -> int:
+        return counted(self.model, feed) if self.knows_weights else _rows(feed)
+
+    def _step(self, feed: Inputs, observers: Sequence[Observer], loses: bool) -> None:
+        backward = loses and any(o.backward for o in observers)
         self.masks = _masks(self.model, feed)
-        self.rows = min(len(t) for t in feed.values() if t.dim())
+        self.rows = _rows(feed)
         step = Step(self, feed)
         with torch.set_grad_enabled(backward):
-            if backward or any(o.needs_loss for o in observers):
+            if backward or (loses and any(o.needs_loss for o in observers)):
                 step.loss = loss_of(self.model, feed, self.loss)
                 if bool(step.loss.isnan()):
                     raise PlanError(
@@ -129,9 +174,9 @@ class Step:
     loss: Tensor | None = None
 
     @property
-    def rows(self) -> int:
-        """Rows of the batch."""
-        return self.calibration.rows
+    def weight(self) -> int:
+        """What the loss is the mean over; means over all data weigh each portion by it."""
+        return self.calibration.weight
 
     def again(self) -> float:
         """The loss of the same batch by a forward pass that nobody watches, without gradients."""
@@ -184,10 +229,9 @@ def call(model: nn.Module, feed: Inputs) -> Any:
 
 def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:
     """The mean loss of one batch, a scalar; raises ``PlanError`` when the model does not say what it loses."""
-    if loss is None and "labels" not in feed and _is_causal(model) and "input_ids" in feed:
-        labels = feed["input_ids"]
-        mask = feed.get("attention_mask")
-        feed = {**feed, "labels": labels if mask is None else labels.masked_fill(mask == 0, -100)}
+    labels = _labels(model, feed)
+    if loss is None and labels is not None:
+        feed = {**feed, "labels": labels}
     outputs = call(model, feed)
     made = loss(outputs, feed) if loss is not None else _own_loss(outputs)
     if not isinstance(made, Tensor) or made.numel() != 1:
@@ -196,6 +240,34 @@ def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:
             "a function of outputs and batch"
         )
     return made.reshape(())
+
+
+def counted(model: nn.Module, feed: Inputs) -> int:
+    """What the model's own loss of a batch is the mean over: labels that count, rows where it has none."""
+    labels = _labels(model, feed)
+    if labels is None or not labels.dim() or labels.is_floating_point():
+        return _rows(feed)
+    # The first token is predicted from nothing.
+    labels = labels[..., 1:] if _is_causal(model) else labels
+    return int((labels != IGNORED).sum())
+
+
+def _labels(model: nn.Module, feed: Inputs) -> Tensor | None:
+    """The labels of a batch; its own tokens for a causal language model that is given none."""
+    if "labels" in feed or not _is_causal(model) or "input_ids" not in feed:
+        return feed.get("labels")
+    mask = feed.get("attention_mask")
+    return feed["input_ids"] if mask is None else feed["input_ids"].masked_fill(mask == 0, IGNORED)
+
+
+def _rows(feed: Inputs) -> int:
+    return min(len(t) for t in feed.values() if t.dim())
+
+
+def _single(feed: Inputs) -> Iterator[Inputs]:
+    """The rows of a batch as batches of one."""
+    for start in range(_rows(feed)):
+        yield {n: t[start : start + 1] if t.dim() else t for n, t in feed.items()}
 
 
 def _own_loss(outputs: Any) -> Any:
@@ -253,11 +325,11 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _hand_over(parameter: nn.Parameter, takers: Sequence[Callable[[Tensor], None]]) -> Any:
+def _hand_over(parameter: nn.Parameter, views: Sequence[Calibration]) -> Any:
     def hand_over(tensor: Tensor) -> None:
         grad, tensor.grad = tensor.grad, None
         assert grad is not None
-        for take in takers:
+        for take in (take for view in views if view.watching for take in view.takers.get(parameter, ())):
             take(grad.detach())
 
     return parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The gradient of the calibration loss, kept once per element: its mean, and the mean of its square over rows."""
+"""The gradient of the calibration loss, kept once per element: its mean, and the mean of the squares of rows' own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.importance.base import Statistic, candidates, parameters_of
-from shear_passes.importance.calibration import Calibration, Data, Observer, Step
+from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +28,11 @@ class Gradients:
 
 @dataclass(frozen=True)
 class GradientStatistics(Statistic[Gradients]):
-    """The gradient of the mean loss over rows; with ``squares`` also the mean over rows of its square.
+    """The gradient of the mean loss over all tokens that count, however they lie in rows and batches.
 
-    Takes the memory of one more copy of the scored parameters in fp32 (two with ``squares``), whatever the data.
+    With ``squares`` also the mean over rows of the square of the row's own gradient; a row weighs as many as it has
+    tokens that count. Takes the memory of one more copy of the scored parameters in fp32 (two with ``squares``),
+    whatever the data.
     """
 
     squares: bool = False
@@ -64,10 +66,16 @@ class GradientObserver(Observer):
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], squares: bool) -> None:
         self.tensors = tensors
-        self.wants_squares = self.row_by_row = squares
+        self.wants_squares = squares
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
-        self.rows = 0
+        self.weight = 0
+
+    def portion(self, calibration: Calibration) -> Portion:
+        """Rows for their squares; else any, where it is known what the mean loss of a batch is the mean over."""
+        if self.wants_squares:
+            return "rows"
+        return "any" if calibration.knows_weights else "whole"
 
     @contextmanager
     def attach(self, calibration: Calibration) -> Iterator[None]:
@@ -77,22 +85,22 @@ class GradientObserver(Observer):
         yield
 
     def _take(self, calibration: Calibration, name: str, grad: Tensor) -> None:
-        # The loss is a mean over the rows of a batch; over all data every row counts the same.
-        grad = grad.float() * calibration.rows
-        _add(self.sums, name, grad)
+        # The loss is a mean over a portion; over all data everything that counts counts the same.
+        grad = grad.float()
+        _add(self.sums, name, grad * calibration.weight)
         if self.wants_squares:
-            _add(self.squares, name, grad.square())
+            _add(self.squares, name, grad.square() * calibration.weight)
 
     def after(self, step: Step) -> None:
-        """Counts rows."""
-        self.rows += step.rows
+        """Counts what counts."""
+        self.weight += step.weight
 
     def finish(self) -> Gradients:
-        """Means over rows; a parameter that the loss does not reach has gradient zero."""
+        """Means; a parameter that the loss does not reach has gradient zero."""
         mean = {n: self.sums.get(n, torch.zeros_like(t, dtype=torch.float32)) for n, t in self.tensors.items()}
         squares = {n: self.squares.get(n, torch.zeros_like(m)) for n, m in mean.items()} if self.wants_squares else {}
         for tensor in (*mean.values(), *squares.values()):
-            tensor.div_(max(self.rows, 1))
+            tensor.div_(max(self.weight, 1))
         return Gradients(mean, squares)
 
 
@@ -100,4 +108,4 @@ def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     if name in sums:
         sums[name].add_(value)
     else:
-        sums[name] = value.clone()
+        sums[name] = value

@@ -29,7 +29,7 @@ from shear_passes.importance.base import (
     over_slices,
     parameters_of,
 )
-from shear_passes.importance.calibration import Calibration, Data, Observer, Step
+from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
 from shear_passes.importance.gradients import trainable
 
 
@@ -113,6 +113,10 @@ class _AdapterObserver(Observer):
         self.asked, self.dims, self.hosts = asked, dims, hosts
         self.branches = list(own)
         self.average: dict[tuple[str, int], Score] = {}
+
+    def portion(self, calibration: Calibration) -> Portion:
+        """Whole batches, for it is their moving average."""
+        return "whole"
 
     @contextmanager
     def attach(self, calibration: Calibration) -> Iterator[None]:

@@ -28,7 +28,7 @@ from shear_passes.importance.base import (
     parameters_of,
     weights_of,
 )
-from shear_passes.importance.calibration import Calibration, Data, Observer, Step
+from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
 from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.importance.substitution import Substitution
 
@@ -38,17 +38,19 @@ class ForwardGradients:
     """SPSA: ``Ĝ`` = the mean over directions z of ``[L(W+εz) − L(W−εz)] / 2ε · z``, E[Ĝ] = ∇L as ε goes to 0.
 
     Only the slopes are kept, a number for each direction; z is drawn again from its seed wherever it is needed.
+    ``weights``: what counts of the batch that a slope was measured on.
     """
 
     seed: int
     slopes: list[float] = field(default_factory=list)
+    weights: list[int] = field(default_factory=list)
 
     def gradient(self, name: str, like: Tensor) -> Tensor:
         """The estimate for the parameter ``name`` in fp32, in its shape and on its device."""
         total = torch.zeros_like(like, dtype=torch.float32)
-        for number, slope in enumerate(self.slopes):
-            total += slope * direction(self.seed, number, name, like)
-        return total / max(len(self.slopes), 1)
+        for number, (slope, weight) in enumerate(zip(self.slopes, self.weights, strict=True)):
+            total += weight * slope * direction(self.seed, number, name, like)
+        return total / max(sum(self.weights), 1)
 
 
 def direction(seed: int, number: int, name: str, like: Tensor) -> Tensor:
@@ -80,9 +82,15 @@ class ForwardGradientStatistics(Statistic[ForwardGradients]):
 
 
 class _ForwardObserver(Observer):
+    needs_loss = True
+
     def __init__(self, asked: ForwardGradientStatistics, substitution: Substitution) -> None:
         self.asked, self.substitution = asked, substitution
         self.found = ForwardGradients(asked.seed)
+
+    def portion(self, calibration: Calibration) -> Portion:
+        """Whole batches, for each portion has directions of its own."""
+        return "whole"
 
     @contextmanager
     def attach(self, calibration: Calibration) -> Iterator[None]:
@@ -92,6 +100,7 @@ class _ForwardObserver(Observer):
         for _ in range(self.asked.directions):
             ahead, behind = (self._moved(step, sign * self.asked.epsilon) for sign in (1, -1))
             self.found.slopes.append((ahead - behind) / (2 * self.asked.epsilon))
+            self.found.weights.append(step.weight)
 
     def _moved(self, step: Step, by: float) -> float:
         number = len(self.found.slopes)

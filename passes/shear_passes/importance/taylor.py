@@ -31,7 +31,8 @@ class Taylor(Importance):
     """Of the expansion ``L(0) - L(W) = -∇·W + ½ Wᵀ H W``, with the Fisher diagonal F for H (Ma et al. 2023).
 
     ``order``: 1 for ``Σ |∇ ⊙ W|``, 2 for ``Σ |½ W² F|``, mixed for ``Σ |∇ W − ½ W² F|``, over the unit's slices;
-    F is the mean over rows of ∇². ``vector``: take the absolute value of each unit's sum instead of each element's.
+    F is the mean over rows of ∇², each weighed by its tokens that count. ``vector``: take the absolute value of
+    each unit's sum instead of each element's.
     """
 
     order: Literal[1, 2, "mixed"] = 1
