@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shear_backends.adapters import forget_start
 from shear_ir.errors import LoadError, SaveError
 from shear_ir.frontend.adapter_files import AdapterNote, load_adapter
 from shear_ir.frontend.base import base_digest
@@ -59,8 +60,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], config: Any, note: A
     written = copy.deepcopy(config)
     written.base_model_name_or_path = str(base)
     written.inference_mode = True
-    # A start such as PiSSA changed the base when the adapter was made; a reader must not change it once more.
-    written.init_lora_weights = True
+    forget_start(written)
     for field, value in vars(written).items():
         if isinstance(value, set):
             setattr(written, field, sorted(value))

@@ -131,6 +131,21 @@ def settle(model: nn.Module) -> None:
         found.setdefault(name, []).append(_Noted(key, rank, layer.lora_alpha[name]))
     for name, config in (getattr(model, "peft_config", None) or {}).items():
         _set_patterns(config, found.get(name, []))
+        forget_start(config)
+
+
+def forget_start(config: Any) -> None:
+    """Let an adapter's config say nothing of how it started.
+
+    A start such as PiSSA changed the base when the adapter was made; a reader must not change it once more.
+    """
+    if not hasattr(config, "init_lora_weights"):
+        return
+    config.init_lora_weights = True
+    config.loftq_config = {}
+    for options in ("eva_config", "corda_config", "lora_ga_config"):
+        if hasattr(config, options):
+            setattr(config, options, None)
 
 
 @dataclass(frozen=True)

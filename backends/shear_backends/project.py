@@ -19,8 +19,8 @@ from shear_backends.folder import refuse_existing, written_whole
 from shear_backends.graph import tensors_of
 from shear_backends.module import rescaled
 from shear_backends.store import carry
-from shear_ir.errors import LoadError
-from shear_ir.frontend.adapter_files import AdapterNote, adapter_tensors, read_note
+from shear_ir.errors import LoadError, ShearingError
+from shear_ir.frontend.adapter_files import AdapterNote, adapter_tensors, moving_start, read_note
 from shear_ir.frontend.base import base_digest, base_view, shapes_digest
 from shear_ir.frontend.files import ADAPTER_WEIGHTS
 from shear_ir.frontend.sentences import failures, quiet
@@ -53,7 +53,7 @@ def project_adapter(
     ``dense``: the base it was trained on, for which ``plan`` was made; its weights are not used, the meta device will
     do. ``groups``: those of ``dense``. ``sheared``: the folder of the sheared base, which the result will name. Raises
     ``LoadError`` when the adapter does not fit ``dense``, ``PlanError`` when the plan does not, ``ShearingError`` for
-    adapters other than LoRA and DoRA.
+    adapters other than LoRA and DoRA, and for starts that changed the base.
     """
     refuse_existing(out, force)
     masks = checked_masks(groups, plan)
@@ -91,6 +91,12 @@ def _adapted(adapter: Path, dense: nn.Module) -> tuple[Any, nn.Module]:
         from peft import PeftConfig, get_peft_model
     except ImportError as failure:
         raise LoadError(f"{adapter} is an adapter, which peft loads: pip install 'shear-ir[peft]'") from failure
+    if start := moving_start(adapter):
+        raise ShearingError(
+            f"the adapter {adapter} started as {start}, which changed the weights of its base, and the sheared base "
+            "was cut from the unchanged ones: save it as plain LoRA first (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or shear the PEFT model itself"
+        )
     with quiet(), failures(f"the adapter {adapter} does not fit its base model"):
         config = PeftConfig.from_pretrained(str(adapter))
     require_lora_config(str(adapter), config)

@@ -23,6 +23,11 @@ from shear_ir.frontend.files import (
 from shear_ir.frontend.sentences import failures, quiet
 from shear_ir.plans import write_text
 
+# Starts of PEFT that move a part of the base's weights into the adapter, by the first letters of their names.
+_MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
+# Those of them that PEFT does not make again when it loads: drawn at random, or from data that no file holds.
+_UNREPEATABLE = ("pissa_niter_", "corda", "lora_ga")
+
 
 class AdapterNote(BaseModel):
     """What lies beside an adapter: ``base_digest`` of the base it was made for, and where that was, seen from here.
@@ -65,14 +70,41 @@ def base_of(folder: Path) -> str:
     return base
 
 
+def moving_start(folder: Path) -> str:
+    """How the adapter in ``folder`` started, where that changed the weights of its base; empty for all other starts.
+
+    Such an adapter belongs to the base as it left it, not to the one that its config names.
+    """
+    start = _start(folder)
+    return next((said for name, said in _MOVING.items() if start.startswith(name)), "")
+
+
+def _require_repeatable(folder: Path) -> None:
+    """Raise ``LoadError`` for an adapter whose start PEFT does not make again, and so would load on another base."""
+    start = _start(folder)
+    if start.startswith(_UNREPEATABLE):
+        raise LoadError(
+            f"the adapter {folder} started by changing its base (init_lora_weights {start!r}), and that start cannot "
+            "be made again: save it as plain LoRA (PEFT's save_pretrained with "
+            "path_initial_model_for_weight_conversion), or, where the changed base was saved, set it to true in "
+            f"{ADAPTER_CONFIG}"
+        )
+
+
+def _start(folder: Path) -> str:
+    return str(read_json(folder / ADAPTER_CONFIG).get("init_lora_weights")).lower()
+
+
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> nn.Module:
     """``model`` with the adapter in ``folder``, in evaluation mode: a PEFT model, or that one with one more.
 
     A second adapter is loaded, not activated. Raises ``LoadError`` when the adapter carries the digest of a base of
-    other shapes, or does not fit, where PEFT alone would leave it without effect.
+    other shapes, does not fit, where PEFT alone would leave it without effect, or changed its base when it started in a
+    way that cannot be repeated.
     """
     folder = Path(folder)
     names = adapter_tensors(folder)
+    _require_repeatable(folder)
     note = read_note(folder)
     if note is not None and (mine := base_digest(model)) != note.base_digest:
         raise LoadError(

@@ -115,11 +115,102 @@ def test_adapters_of_other_methods_are_refused_by_name(trained: tuple[sir.Plan, 
             sir.project(tmp_path / "other", plan, tmp_path / "out", base=FAMILIES["bert"]())
 
 
-def test_an_adapter_that_changed_its_base_at_the_start_does_not_change_it_again(
-    trained: tuple[sir.Plan, Path], tmp_path: Path
+def started(start: Any, base: Any, **options: Any) -> Any:
+    """A PEFT model whose adapters were trained for a while after they started in some way of PEFT's."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, lora(*QV, init_lora_weights=start, **options))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        ("pissa", "PiSSA"),
+        ("pissa_niter_4", "PiSSA"),
+        ("OLoRA", "OLoRA"),
+        ("corda", "CorDA"),
+        ("loftq", "LoftQ"),
+        ("lora_ga", "LoRA-GA"),
+    ],
+)
+def test_an_adapter_that_changed_its_base_when_it_started_is_refused_by_name(
+    start: str, said: str, trained: tuple[sir.Plan, Path], tmp_path: Path
 ) -> None:
     plan, adapter = trained
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
-    sir.project(adapter, plan, tmp_path / "out", base=FAMILIES["bert"]())
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["init_lora_weights"] is True
+    starts = {"init_lora_weights": start, "loftq_config": {"loftq_bits": 4}}
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **starts}))
+    with pytest.raises(sir.ShearingError, match=f"started as {said}, which changed the weights of its base, and"):
+        sir.project(adapter, plan, tmp_path / "out", base=FAMILIES["bert"]())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal"])
+def test_an_adapter_that_left_its_base_alone_is_projected_however_it_started(start: str, tmp_path: Path) -> None:
+    dense: Any = FAMILIES["llama_gqa"]()
+    plan = some(dense)
+    sir.save(sir.shear(dense, plan), tmp_path / "small")
+    model = started(start, dense)
+    model.save_pretrained(tmp_path / "adapter")
+    sir.project(tmp_path / "adapter", plan, tmp_path / "out", base=FAMILIES["llama_gqa"](), sheared=tmp_path / "small")
+    report = sir.verify(model, sir.load(tmp_path / "out"), plan)
+    assert report.max_abs_diff <= 1e-5 * max(1.0, report.scale)
+
+
+def test_plain_lora_that_peft_made_of_pissa_is_projected(tmp_path: Path) -> None:
+    """The way out that the refusal names, with the right outputs: those of the PiSSA model, masked."""
+    dense: Any = FAMILIES["llama_gqa"]()
+    plan = some(dense)
+    sir.save(sir.shear(dense, plan), tmp_path / "small")
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(FAMILIES["llama_gqa"](), lora(*QV, init_lora_weights="pissa"))  # type: ignore[arg-type]
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    feed = example_inputs(dense)
+    plain = peft.PeftModel.from_pretrained(FAMILIES["llama_gqa"](), tmp_path / "plain")
+    assert torch.allclose(outputs(plain.eval(), feed)[0], outputs(model.eval(), feed)[0], atol=1e-5)
+    sir.project(tmp_path / "plain", plan, tmp_path / "out", base=FAMILIES["llama_gqa"](), sheared=tmp_path / "small")
+    report = sir.verify(plain, sir.load(tmp_path / "out"), plan)
+    assert report.max_abs_diff <= 1e-5 * max(1.0, report.scale)
+
+
+@pytest.mark.parametrize(("start", "more"), [("pissa", {}), ("pissa_niter_4", {}), ("olora", {"use_dora": True})])
+def test_a_model_whose_adapters_changed_its_base_is_sheared_and_saved_as_it_is(
+    start: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    dense: Any = FAMILIES["llama_gqa"]()
+    plan = some(dense)
+    model = started(start, dense, **more)
+    small = sir.shear(model, plan)
+    sir.verify(model, small, plan).raise_if_unsound()
+    assert small.peft_config["default"].init_lora_weights is True  # type: ignore[union-attr,index]
+    assert model.peft_config["default"].init_lora_weights == start
+    assert sir.save(small, tmp_path / "out").stock
+    again, feed = sir.load(tmp_path / "out"), example_inputs(model)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(again, feed), outputs(small.eval(), feed), strict=True))
+    assert json.loads((tmp_path / "out/adapters/default/adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize(("start", "loads"), [("pissa", True), ("olora", True), ("pissa_niter_4", False)])
+def test_a_start_that_peft_cannot_make_again_is_refused_when_its_adapter_is_loaded(
+    start: str, loads: bool, tmp_path: Path
+) -> None:
+    model = started(start, FAMILIES["llama_gqa"]())
+    model.save_pretrained(tmp_path)
+    feed = example_inputs(model)
+    if not loads:
+        with pytest.raises(sir.LoadError, match=r"started by changing its base .* that start cannot be made again"):
+            sir.load_adapter(FAMILIES["llama_gqa"](), tmp_path)
+        return
+    again = sir.load_adapter(FAMILIES["llama_gqa"](), tmp_path)
+    assert torch.allclose(outputs(again, feed)[0], outputs(model, feed)[0], atol=1e-5)
