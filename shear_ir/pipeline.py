@@ -12,7 +12,7 @@ import networkx as nx
 from torch import Tensor, nn
 
 from shear_backends import store
-from shear_backends.adapted import kept_here, merged, plan_of_base, routers_here, shear_adapted
+from shear_backends.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.adapters import require_lora
 from shear_backends.depth import shear_layers
 from shear_backends.graph import graph_module, tensors_of
@@ -37,6 +37,7 @@ from shear_passes.analysis.explanation import Explanation
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.rewrite.drop_blocks import left_of
 from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.select.build import removed_by
 
@@ -118,7 +119,7 @@ def shear(
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
     """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
-    here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan))
+    here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
     return _verify(model, small, here, inputs, seed=seed)
 
 
@@ -191,7 +192,10 @@ def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
 def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
     """The tensors of ``model``, cut, copied and renamed; parameters ask for gradients as the model's do."""
     tensors = tensors_of(model)
-    cut = {name: tensor.detach().clone() for name, tensor in cut_tensors(tensors, plan.kept).items()}
+    cut = {
+        name: tensor.detach().clone()
+        for name, tensor in cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept).items()
+    }
     wants = {name: t.requires_grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     made = {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
     return left_of(made, removed_by(found, plan))

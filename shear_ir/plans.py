@@ -61,7 +61,8 @@ class Plan:
     those behind them move up. ``names``: groups of what is left whose name changes by that, to the name they have
     here. ``frozen``: group name to why it was left alone. ``options``: how the plan was asked for. ``routers``:
     tensors that score the experts a plan removes, with the dim that counts them: a removed expert is one that is never
-    routed to, not one whose weights are zero.
+    routed to, not one whose weights are zero. ``gains``: parameters g of normalised weights ``g * v / |v|``, each with
+    its v: where v loses what the norm runs over, g is scaled so that what is left of the weight stays what it is.
     """
 
     digest: str
@@ -75,6 +76,7 @@ class Plan:
     gone: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[str, int] = field(default_factory=dict)
+    gains: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -113,6 +115,7 @@ class Plan:
             gone=gone,
             names=moved,
             routers={n: d for n, d in {**self.routers, **later.routers}.items() if renumbered(n, gone) is not None},
+            gains={g: v for g, v in {**self.gains, **later.gains}.items() if renumbered(g, gone) is not None},
         )
 
     def _in_my_names(self, later: Plan) -> Plan:
@@ -133,6 +136,7 @@ class Plan:
             frozen={self.names.get(name, name): reason for name, reason in later.frozen.items()},
             gone=tuple(map(module, later.gone)),
             routers={module(name): dim for name, dim in later.routers.items()},
+            gains={module(g): module(v) for g, v in later.gains.items()},
         )
 
     def to_json(self) -> str:
@@ -155,6 +159,7 @@ class Plan:
             "kept": {name: {str(d): intervals(i) for d, i in dims.items()} for name, dims in self.kept.items()},
             "frozen": dict(self.frozen),
             **({"routers": dict(self.routers)} if self.routers else {}),
+            **({"gains": dict(self.gains)} if self.gains else {}),
         }  # fmt: skip
         return _compact(json.dumps(document, indent=2))
 
@@ -181,6 +186,7 @@ class Plan:
             gone=tuple(read.gone),
             names=read.names,
             routers=read.routers,
+            gains=read.gains,
         )
 
     def save(self, path: str | Path) -> None:
@@ -318,3 +324,4 @@ class _Document(_Strict):
     gone: list[Annotated[str, Field(pattern=r"^(.+\.)?\d+$")]] = []
     names: dict[str, str] = {}
     routers: dict[str, _Count] = {}
+    gains: dict[str, str] = {}

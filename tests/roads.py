@@ -88,7 +88,7 @@ def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
 
 def greedy(model: nn.Module, plan: Plan, feed: Inputs, tokens: int) -> Tensor:
     """Greedy decoding by the masked original, the whole text anew for every token."""
-    reference = masked(model, plan.kept, plan.routers)
+    reference = masked(model, plan.kept, plan.routers, plan.gains)
     name = "decoder_input_ids" if "decoder_input_ids" in feed else "input_ids"
     # Every position is real, and a mask of ones would have to grow with the text.
     feed = {given: value for given, value in feed.items() if given != "attention_mask"}

@@ -37,10 +37,11 @@ def shear_adapted(
     kept = merged_kept(model, follow(model, base_plan.kept), {} if plan is base_plan else plan.kept)
     recipe = find_recipe(base, groups, base_plan, inputs)
     here = _here(recipe, base_view(model))
-    small = build(model, with_copies(model, cut_by_id(model, kept, here.norms)), here)
-    settle(small)
     routers = routers_here(model, base_plan) if plan is base_plan else plan.routers
-    whole = replace(plan, kept=kept, routers=routers)
+    gains = gains_here(model, base_plan) if plan is base_plan else plan.gains
+    whole = replace(plan, kept=kept, routers=routers, gains=gains)
+    small = build(model, with_copies(model, cut_by_id(model, whole, here.norms)), here)
+    settle(small)
     if not any(t.is_meta for t in tensors_of(model).values()):
         feed = example_inputs(model) if inputs is None else as_inputs(base, inputs)
         report = verify(model, small, whole, feed)
@@ -66,8 +67,10 @@ def plan_of_base(plan: Plan, groups: Groups, base: Groups, costs: CostModel, vie
         if any(s.parameter in names for s in group.slices):
             kept[_same(group, base, names)] = cut.kept
     if not kept:
-        return replace(plan, digest=base.program.digest, model=base.program.owner, cuts=(), kept={}, routers={},
-                       before=costs.now, after=costs.now)  # fmt: skip
+        return replace(
+            plan, digest=base.program.digest, model=base.program.owner, cuts=(), kept={}, routers={}, gains={},
+            before=costs.now, after=costs.now,
+        )  # fmt: skip
     made = build_plan(base, costs, kept, options=plan.options, reason=plan.cuts[0].reason)
     for own, dims in made.kept.items():
         given: Mapping[int, Any] = plan.kept.get(view.tensors.get(own, (own,))[0], {})
@@ -92,6 +95,18 @@ def routers_here(model: nn.Module, plan: Plan) -> dict[str, int]:
         return dict(plan.routers)
     known, names = tensors_of(model), base_view(model).tensors
     return {n: dim for own, dim in plan.routers.items() for n in ((own,) if own in known else names.get(own, ()))}
+
+
+def gains_here(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """The gains of normalised weights, each with its v, by the names of ``model``; as ``routers_here``."""
+    if not has_adapters(model):
+        return dict(plan.gains)
+    known, names = tensors_of(model), base_view(model).tensors
+
+    def here(own: str) -> tuple[str, ...]:
+        return (own,) if own in known else tuple(names.get(own, ()))
+
+    return {g: v for own, of in plan.gains.items() for g, v in zip(here(own), here(of), strict=True)}
 
 
 def merged(model: nn.Module) -> nn.Module:

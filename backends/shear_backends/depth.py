@@ -47,7 +47,7 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
         found = AnalysisManager(_traced(dropped, feed)).get(FindGroups())
         later = replace(later, digest=found.program.digest)
         recipe = find_recipe(dropped, found, later, feed)
-    small = build(dropped, with_copies(dropped, cut_by_id(dropped, later.kept, recipe.norms)), recipe)
+    small = build(dropped, with_copies(dropped, cut_by_id(dropped, later, recipe.norms)), recipe)
     return recorded(small, model, plan, recipe if exact else replace(recipe, config=None))
 
 
@@ -91,7 +91,8 @@ def _cuts_of_the_rest(plan: Plan) -> Plan:
     kept = {renumbered(name, plan.gone) or name: dims for name, dims in plan.kept.items()}
     cuts = tuple(replace(c, group=small.get(c.group, c.group)) for c in plan.cuts if c not in blocks)
     routers = {renumbered(name, plan.gone) or name: dim for name, dim in plan.routers.items()}
-    return replace(plan, cuts=cuts, kept=kept, gone=(), names={}, routers=routers)
+    gains = {renumbered(g, plan.gone) or g: renumbered(v, plan.gone) or v for g, v in plan.gains.items()}
+    return replace(plan, cuts=cuts, kept=kept, gone=(), names={}, routers=routers, gains=gains)
 
 
 def _traced(model: nn.Module, feed: Inputs) -> Program:

@@ -25,10 +25,11 @@ from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
-from shear_ir.plans import Kept, Plan
+from shear_ir.plans import Plan
 from shear_ir.program import Program, module_path
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
 from shear_passes.rewrite.shear import cut_tensor, shear_program, shear_tensors
 from shear_passes.select.build import checked_masks
@@ -61,7 +62,7 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     computes the sheared graph's function.
     """
     recipe = find_recipe(model, groups, plan, inputs)
-    small = build(model, with_copies(model, cut_by_id(model, plan.kept, recipe.norms)), recipe)
+    small = build(model, with_copies(model, cut_by_id(model, plan, recipe.norms)), recipe)
     return recorded(small, model, plan, recipe)
 
 
@@ -84,7 +85,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     judge = Judge(model, groups, plan, feed)
     norms = tuple(norm_fixes(groups, masks))
     _require_eps(model, groups, norms)
-    cuts = cut_by_id(model, plan.kept, norms)
+    cuts = cut_by_id(model, plan, norms)
     fits = find_fits(groups, masks)
     for recipe in _recipes(model, groups, masks, plan, norms, feed):
         if judge.agrees(build(model, cuts, recipe)):
@@ -117,14 +118,16 @@ def _recipes(
         yield Recipe(None, overrides, norms, gathers)
 
 
-def cut_by_id(model: nn.Module, kept: Kept, norms: tuple[NormFix, ...] = ()) -> dict[int, Tensor]:
+def cut_by_id(model: nn.Module, plan: Plan, norms: tuple[NormFix, ...] = ()) -> dict[int, Tensor]:
     """What each tensor of ``model`` becomes, by the tensor's id; one that loses nothing becomes itself."""
     fixes = {fix.parameter: fix for fix in norms}
     found: dict[int, Tensor] = {}
-    for name, tensor in tensors_of(model).items():
+    tensors = tensors_of(model)
+    scaled = gained(tensors, plan.kept, plan.gains)
+    for name, tensor in tensors.items():
         if id(tensor) in found:
             continue
-        cut = cut_tensor(tensor, kept.get(name, {}))
+        cut = cut_tensor(scaled[name], plan.kept.get(name, {}))
         if name in fixes:
             cut = rescaled(cut, fixes[name])
         if cut is not tensor and isinstance(tensor, nn.Parameter):

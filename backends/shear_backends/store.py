@@ -273,7 +273,7 @@ def _filled(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
     _check(folder, dense, record)
     try:
         recipe = Recipe(None, record.attributes, record.norms, record.gathers, record.fits)
-        small = build(dense, cut_by_id(dense, record.plan.kept), recipe, record.plan.gone)
+        small = build(dense, cut_by_id(dense, record.plan), recipe, record.plan.gone)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
     tensors = _tensors(folder)

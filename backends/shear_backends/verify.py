@@ -25,6 +25,7 @@ from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.plans import Kept, Plan
+from shear_passes.rewrite.rescale_gains import gained, normed_dims
 
 TOLERANCE = 1e-5
 
@@ -76,7 +77,7 @@ def verify(
     worst = scale = moved = 0.0
     with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
         feeds = _feeds(model, inputs, seed)
-        reference = masked(model, plan.kept, plan.routers)
+        reference = masked(model, plan.kept, plan.routers, plan.gains)
         without = MaskedBlocks(reference, plan.cuts) if block_cuts(plan.cuts) else None
         for feed in feeds:
             expected = without(feed) if without else run(reference, feed)
@@ -100,20 +101,23 @@ def _refuse_chance(model: nn.Module, feed: Inputs, first: Sequence[Tensor], tole
         )
 
 
-def masked(model: nn.Module, kept: Kept, routers: Mapping[str, int] | None = None) -> nn.Module:
+def masked(
+    model: nn.Module, kept: Kept, routers: Mapping[str, int] | None = None, gains: Mapping[str, str] | None = None
+) -> nn.Module:
     """A copy of ``model`` in which every removed index of every tensor is zero; the other tensors are shared.
 
     ``routers``: tensors that score experts, with the dim that counts them; what they score the removed ones is minus
-    infinity.
+    infinity. ``gains``: what normalised weights are scaled by, see ``Plan``.
     """
     named = dict((*model.named_parameters(), *model.named_buffers()))
     missing = [name for name in kept if name not in named and not name.startswith(("c_", "lifted_"))]
     if missing:
         raise PlanError(f"the plan was made for another model: this one has no tensor {missing[0]}")
-    kept = _without_dora_rows(model, kept)
+    tensors = gained(named, kept, gains or {})
+    kept = _without_normed_rows(named, _without_dora_rows(model, kept), gains or {})
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
-        memo[id(tensor)] = _zeroed(name, tensor, kept[name]) if name in kept else tensor
+        memo[id(tensor)] = _zeroed(name, tensors[name], kept[name]) if name in kept else tensors[name]
     reference = copy.deepcopy(model, memo)
     forget_kept(reference)
     astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
@@ -131,6 +135,12 @@ def _without_dora_rows(model: nn.Module, kept: Kept) -> Kept:
         if adapter.magnitude in kept and adapter.active and adapter.row_dim is not None:
             spared |= {adapter.base: adapter.row_dim, adapter.b: 0}
     return {n: {d: i for d, i in dims.items() if d != spared.get(n)} for n, dims in kept.items()}
+
+
+def _without_normed_rows(tensors: Mapping[str, Tensor], kept: Kept, gains: Mapping[str, str]) -> Kept:
+    """``kept`` without the rows of v that a zero of g removes from ``g * v / |v|``: zero would be 0/0 there."""
+    spared = {v: set(kept.get(v, {})) - set(normed_dims(tensors[g], tensors[v])) for g, v in gains.items()}
+    return {n: {d: i for d, i in dims.items() if d not in spared.get(n, ())} for n, dims in kept.items()}
 
 
 def _zeroed(name: str, tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:

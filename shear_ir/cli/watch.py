@@ -84,7 +84,7 @@ class Watch:
         with evaluation(self.model), torch.no_grad(), redirect_stdout(sys.stderr):
             reference = self.model
             if self._applied is not None:
-                reference = masked(self.model, self._applied.kept, self._applied.routers)
+                reference = masked(self.model, self._applied.kept, self._applied.routers, self._applied.gains)
             expected = run(reference, feed)
             found = graph_module(program, analyses.weights or {})(**feed)
         gap = difference(expected, found)

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from shear_ir.axes import Axis, Dims, Hold, Mask, atoms, mask
+from shear_ir.axes import ONE, Axis, Dims, Hold, Mask, atoms, mask
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.manager import AnalysisManager
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.vanish import FindZeros, Zeros
+from shear_passes.rules.norm import WEIGHT_NORMS
 from shear_passes.rules.pointwise import pointwise_entry
 from shear_passes.rules.registry import entry_of, op_name
 
@@ -140,7 +141,12 @@ class _Run(fx.Interpreter):
             return super().call_function(target, args, kwargs)
 
     def _masked(self, node: fx.Node, value: Tensor) -> Tensor:
-        stays = self._stays(self.axes.dims(node), value.shape)
+        dims = self.axes.dims(node)
+        if any(user.target in WEIGHT_NORMS and user.args[0] is node for user in node.users):
+            # A row of zeros has no direction: the gain of zero removes it.
+            over = {a for user in node.users for d in self.axes.dims(user.args[1]) for a in atoms(d)}
+            dims = tuple(ONE if set(atoms(d)) & over else d for d in dims)
+        stays = self._stays(dims, value.shape)
         return self._lowered(node, torch.where(stays, value, torch.zeros_like(value)))
 
     def _lowered(self, node: fx.Node, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,16 @@ class Axes:
     rankings: tuple[Ranking, ...] = ()
     numbers: Mapping[tuple[str, int], Dim] = field(default_factory=dict)
     aligned: tuple[tuple[Dim, int], ...] = ()
+
+    @cached_property
+    def from_inputs(self) -> frozenset[fx.Node]:
+        """The values that some input of the model went into; the others are made of parameters alone."""
+        found: set[fx.Node] = set()
+        for node in self.program.nodes:
+            given = node.op == "placeholder" and self.program.param(node) is None
+            if given or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
 
     def dims(self, node: fx.Node) -> Dims:
         """Dims of a node with one tensor result; empty for any other node."""

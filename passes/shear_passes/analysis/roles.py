@@ -13,7 +13,7 @@ from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.latents import latents
 from shear_passes.analysis.lora import find_lora
 from shear_passes.analysis.vanish import Zeros
-from shear_passes.rules.registry import Contraction, Vanish, op_name
+from shear_passes.rules.registry import Contraction, Operand, Vanish, op_name
 
 Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
@@ -32,8 +32,10 @@ class _Slice(Protocol):
     def expression(self) -> Dim: ...
 
 
-_CHOICES = ("aten.index.Tensor", "aten.index_select", "lora.experts")
-"""Calls whose result is a parameter's for what roles ask: some of its entries, or all of them with adapters."""
+_CHOICES = (
+    "aten.index.Tensor", "aten.index_select", "lora.experts", "aten._weight_norm", "aten._weight_norm_interface",
+)  # fmt: skip
+"""Calls whose result is a parameter's for what roles ask: some of its entries, or all of them, adapted or scaled."""
 
 
 def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]) -> dict[Axis, Kind]:
@@ -157,13 +159,29 @@ def _mapped_from(later: fx.Node, earlier: fx.Node, order: Mapping[fx.Node, int],
     return False
 
 
+def _is_weight(axes: Axes, made: Contraction, operand: Operand) -> bool:
+    """Whether a call maps its other operand by this one: a parameter, or what a layer made its weight from.
+
+    The second operand of a convolution is its weight whatever it is made from, that of a linear map where no input
+    went into it.
+    """
+    if _owned(axes, operand.node):
+        return True
+    name = op_name(made.node)
+    if not name.startswith(("aten.conv", "aten.linear")) or made.node.args[1] is not operand.node:
+        return False
+    return name.startswith("aten.conv") or operand.node not in axes.from_inputs
+
+
 def attention_products(axes: Axes, zeros: Zeros) -> tuple[list[Contraction], list[Contraction]]:
     """The products of two activations: scores, which sum over features, and mixes, which sum over positions."""
     scores: list[Contraction] = []
     mixes = [c for c in axes.contractions if c.mixed]
     for made in axes.contractions:
-        if len(made.operands) != 2 or any(_owned(axes, o.node) for o in made.operands):
+        if len(made.operands) != 2 or any(_is_weight(axes, made, o) for o in made.operands):
             continue
+        if not any(o.node in axes.from_inputs for o in made.operands):
+            continue  # it makes a weight
         over = _atoms(made.over)
         live = over and all(over <= zeros.of_node.get(o.node.name, frozenset()) for o in made.operands)
         (scores if live else mixes).append(made)
@@ -238,7 +256,7 @@ def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
     convolved: set[Axis] = set()
     for contraction in axes.contractions:
         for operand in contraction.operands:
-            if not _owned(axes, operand.node):
+            if not _is_weight(axes, contraction, operand) or op_name(contraction.node) in _CHOICES:
                 continue
             free = _atoms(operand.free)
             made |= free

@@ -18,6 +18,7 @@ from shear_ir.program import Param, Program, TensorType
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.rewrite.drop_blocks import left_of, moved_up, without_blocks
+from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rules.registry import entry_of
 from shear_passes.rules.resizing import Change
 from shear_passes.select.build import Selection, checked_masks, removed_by
@@ -58,7 +59,7 @@ def shear_program(groups: Groups, plan: Plan) -> Program:
 
 def shear_tensors(tensors: Mapping[str, Tensor], groups: Groups, plan: Plan) -> dict[str, Tensor]:
     """``tensors`` of the dense program as ``shear_program`` wants them: cut, and named as what is left is."""
-    return left_of(cut_tensors(tensors, plan.kept), removed_by(groups, plan))
+    return left_of(cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept), removed_by(groups, plan))
 
 
 def cut_tensors(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

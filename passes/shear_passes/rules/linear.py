@@ -42,7 +42,9 @@ def bilinear(site: Site, x: Dims, y: Dims, weight: Dims, bias: Dims | None = Non
     return (*lead, out)
 
 
-@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default)
+@rule(aten.mm.default, aten.bmm.default, aten.matmul.default, aten.mv.default, aten.dot.default,
+    aten.vdot.default,
+)  # fmt: skip
 def matmul(site: Site, a: Dims, b: Dims) -> Dims:
     """``y[..., m, n] = sum_k a[..., m, k] * b[..., k, n]``; leading dims broadcast, vectors have no m or n."""
     return _product(site, (0, a), (1, b))

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
 
 from shear_ir.axes import Dims, axis, product, resolve
 from shear_passes.rules.registry import Need, Results, Site, Vanish, resize, rule
@@ -91,6 +92,30 @@ def batch_norm(site: Site, x: Dims, *tensors: Any, **_: Any) -> Dims | Results:
         # Weight and bias of a removed channel are zero in the masked model, and so is the result.
         site.contract([], [(1, [x[1]])], added=[2])
     return x if len(site.shapes) == 1 else [x, *(site.fresh(s) for s in site.shapes[1:])]
+
+
+WEIGHT_NORMS = (aten._weight_norm.default, aten._weight_norm_interface.default)
+
+
+@rule(*WEIGHT_NORMS, vanish=Vanish.ANY)
+def weight_norm(site: Site, v: Dims, g: Dims, dim: int = 0) -> Dims | Results:
+    """``w = g * v / |v|``, the norm over all dims but ``dim``, or over all: g follows the dim that it has.
+
+    What the norm runs over may go: g is then scaled by what is left of the norm, see ``rewrite.rescale_gains``. That
+    needs g and v to be parameters that are read in no other way.
+    """
+    over = [place for place in range(len(v)) if not g or g[place].size == 1]
+    for mine, own in zip(v, g, strict=False):
+        if own.size != 1:
+            site.equate(mine, own)
+    pair = site.node.args[:2]
+    for other in pair:
+        reads = other.users if isinstance(other, fx.Node) and other.op == "placeholder" else {site.node.prev: None}
+        if any(user.target not in WEIGHT_NORMS or user.args[:2] != pair for user in reads):
+            site.freeze(v, "a norm whose tensors are computed, or used elsewhere, runs over the axis")
+    free = [d for place, d in enumerate(v) if place not in over]
+    site.contract([v[place] for place in over], [(0, free)], inner=True)
+    return v if len(site.shapes) == 1 else [v, g]
 
 
 @rule(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)

@@ -14,6 +14,7 @@ from shear_ir.plans import Cut, Plan
 from shear_passes.analysis.block_groups import BLOCK_KINDS, Gone, gone_with
 from shear_passes.analysis.cost import CostModel
 from shear_passes.analysis.find_groups import Group, Groups
+from shear_passes.analysis.weight_norms import cut_gains
 
 
 class Selection(Analysis[Plan]):
@@ -46,11 +47,12 @@ def build_plan(
         raise PlanError("the plan removes nothing")
     masks = masks_of(groups, cuts)
     names = groups.names_without(gone)
+    kept_of = _kept(groups, masks, gone)
     return Plan(
         digest=groups.program.digest,
         model=groups.program.owner,
         cuts=tuple(cuts),
-        kept=_kept(groups, masks, gone),
+        kept=kept_of,
         before=costs.now,
         after=costs.at({atom: int(m.sum()) for atom, m in masks.items()}, gone),
         frozen={g.name: g.reason for g in groups if not g.prunable},
@@ -58,6 +60,7 @@ def build_plan(
         gone=gone.modules,
         names=_renames(names),
         routers=_routers(groups, masks, gone),
+        gains=cut_gains(groups.program, kept_of),
     )
 
 
@@ -109,6 +112,8 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
             raise PlanError(f"the plan contradicts itself: what it keeps of {name} is not what its cuts leave")
     if dict(plan.routers) != _routers(groups, masks, gone):
         raise PlanError("the plan contradicts itself: its routers are not those of the experts that it cuts")
+    if dict(plan.gains) != cut_gains(groups.program, expected):
+        raise PlanError("the plan contradicts itself: its gains are not those of the normalised weights that it cuts")
     if gone.modules and _renames(plan.names) != _renames(groups.names_without(gone)):
         raise PlanError("the plan contradicts itself: its names are not those of the groups that are left")
     return masks

@@ -36,7 +36,7 @@ from shear_ir.program import Program
 from shear_ir.verifier import verify_program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import BlockGroup, FindGroups, Group, Groups
-from shear_passes.rewrite.shear import cut_tensors, shear_program
+from shear_passes.rewrite.shear import cut_tensors, shear_program, shear_tensors
 from shear_passes.rules.registry import op_name
 from shear_passes.select.build import build_plan
 from tests.oracle.fuzz.draft import Sketch
@@ -188,7 +188,7 @@ class _Case:
     def check_plan(self, plan: Plan) -> Program:
         """The graph computes what the masked original does."""
         small = shear_program(self.groups, plan)
-        self.compare(plan, self.runs(small, cut_tensors(tensors_of(self.model), plan.kept)), "the graph")
+        self.compare(plan, self.runs(small, shear_tensors(tensors_of(self.model), self.groups, plan)), "the graph")
         return small
 
     def runs(self, program: Program, tensors: Mapping[str, Tensor]) -> Run:
@@ -207,7 +207,7 @@ class _Case:
         return run
 
     def compare(self, plan: Plan, run: Run, what: str) -> None:
-        reference = masked(self.model, plan.kept, plan.routers)
+        reference = masked(self.model, plan.kept, plan.routers, plan.gains)
         without = MaskedBlocks(reference, plan.cuts) if block_cuts(plan.cuts) else None
         self.seen.plans += 1
         moved = 0.0
