@@ -250,3 +250,35 @@ def test_bilinear_sums_over_both_inputs() -> None:
         zero: d
         """,
     )
+
+
+def test_products_that_are_added_up() -> None:
+    expect(
+        typed(lambda x, y, z: torch.addbmm(x, y, z), x=(5, 4), y=(3, 5, 2), z=(3, 2, 4)),
+        """
+        x [a:5, b:4]
+        y [c:3, a:5, d:2]
+        z [c:3, d:2, b:4]
+        -> [a:5, b:4]
+        zero: a b
+        """,
+    )
+    expect(
+        typed(lambda x, y, z: torch.addr(x, y, z), x=(5, 4), y=(5,), z=(4,)),
+        """
+        x [a:5, b:4]
+        y [a:5]
+        z [b:4]
+        -> [a:5, b:4]
+        zero: a b
+        """,
+    )
+    expect(
+        typed(lambda x, y: torch.linalg.vecdot(x, y, dim=1), x=(5, 4, 3), y=(4, 3)),
+        """
+        x [a:5, b:4, c:3]
+        y [b:4, c:3]
+        -> [a:5, c:3]
+        zero: a c
+        """,
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,3 +72,32 @@ def test_a_projected_state_is_held() -> None:
     groups = sir.groups(sir.trace(model, {"x": torch.randn(2, 3, 5)}))
     reasons = {g.reason for g in groups if "cell.weight_hr_l0" in g.parameters}
     assert reasons == {"a recurrent layer with a projection of its state at %lstm_input = aten.lstm.input"}
+
+
+class Steps(nn.Module):
+    """A cell that forward calls for each step."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.cell, self.out = nn.Linear(5, 8), cell, nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        for step in torch.tanh(self.stem(x)).unbind(1):
+            state = self.cell(step, state)
+        out: Tensor = self.out(state[0] if isinstance(state, tuple) else state)
+        return out
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_units_of_a_cell_go_in_all_of_its_gates(cell: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Steps(cell(8, 6)).eval(), torch.randn(2, 3, 5)
+    program = sir.trace(model, x)
+    groups = {g.size: g for g in sir.groups(program) if g.prunable}
+    assert groups.keys() == {8, 6}
+    plan = sir.plan(program, ratio=0.3, kinds=sorted({g.kind for g in groups.values()}))
+    assert {c.size for c in plan.cuts} == {8, 6}
+    small = sir.shear(model, plan, inputs=x)
+    sir.verify(model, small, plan, x).raise_if_unsound()
+    assert small.cell.hidden_size < 6  # type: ignore[union-attr, operator]

@@ -3,12 +3,14 @@
 from shear_passes.rules import (
     attention,
     conv,
+    distance,
     embedding,
     expand,
     factory,
     index,
     linear,
     lora,
+    matrix,
     norm,
     recurrent,
     reduce,
@@ -17,5 +19,7 @@ from shear_passes.rules import (
 )
 from shear_passes.rules.registry import Entry, Site, Vanish, entry_of, rule
 
-__all__ = ["Entry", "Site", "Vanish", "attention", "conv", "embedding", "entry_of", "expand", "factory", "index",
-           "linear", "lora", "norm", "recurrent", "reduce", "rule", "select", "shape"]  # fmt: skip
+__all__ = [
+    "Entry", "Site", "Vanish", "attention", "conv", "distance", "embedding", "entry_of", "expand", "factory", "index",
+    "linear", "lora", "matrix", "norm", "recurrent", "reduce", "rule", "select", "shape",
+]  # fmt: skip

@@ -63,6 +63,32 @@ def addmv(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
     return broadcast(site, [_product(site, (1, a), (2, b), added=[0]), added])
 
 
+@rule(aten.addbmm.default)
+def addbmm(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
+    """``y[m, n] = added[m, n] + sum_bk a[b, m, k] * b[b, k, n]``."""
+    site.equate(a[0], b[0])
+    site.equate(a[2], b[1])
+    site.contract([a[0], a[2]], [(1, [a[1]]), (2, [b[2]])], added=[0])
+    return broadcast(site, [(a[1], b[2]), added])
+
+
+@rule(aten.addr.default)
+def addr(site: Site, added: Dims, a: Dims, b: Dims, **_: Any) -> Dims:
+    """``y[m, n] = added[m, n] + a[m] * b[n]``."""
+    site.contract([], [(1, a), (2, b)], added=[0])
+    return broadcast(site, [(a[0], b[0]), added])
+
+
+@rule(aten.linalg_vecdot.default)
+def vecdot(site: Site, a: Dims, b: Dims, *, dim: int = -1) -> Dims:
+    """``y[...] = sum_k a[..., k] * b[..., k]`` over a dim of both, after broadcasting."""
+    both = broadcast(site, [a, b])
+    place = wrap(dim, len(both)) - len(both)
+    free_a, free_b = ((*x[: len(x) + place], *x[len(x) + place + 1 :]) for x in (a, b))
+    site.contract([both[place]], [(0, free_a), (1, free_b)])
+    return (*both[: len(both) + place], *both[len(both) + place + 1 :])
+
+
 @rule(aten.outer.default, aten.ger.default)
 def outer(site: Site, a: Dims, b: Dims) -> Dims:
     """``y[m, n] = a[m] * b[n]``."""

@@ -13,10 +13,28 @@ from shear_passes.rules.registry import Results, Site, rule
 
 aten = torch.ops.aten
 
-_GATES: dict[Any, int] = {aten.lstm.input: 4, aten.gru.input: 3, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
+_LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+_CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+_GATES: dict[Any, int] = {
+    target: gates for row in (_LAYERS, _CELLS) for target, gates in zip(row, (4, 3, 1, 1), strict=True)
+}
 
 
-@rule(*_GATES)
+@rule(*_CELLS)
+def cell(site: Site, x: Dims, states: Any, *tensors: Dims | None) -> Dims | Results:
+    """One step of a recurrent layer."""
+    states = list(states) if isinstance(states, list) else [states]
+    hidden = states[0][-1]
+    for state in states:
+        for mine, other in zip(state, (*x[:-1], hidden), strict=True):
+            site.equate(mine, other)
+    nodes: Any = site.node.args[2:4]
+    _cell(site, x[-1], hidden, [tensor for tensor in tensors if tensor is not None], nodes)
+    results: Results = [(*x[:-1], hidden) for _ in states]
+    return results if len(results) > 1 else results[0]
+
+
+@rule(*_LAYERS)
 def recurrent(
     site: Site,
     x: Dims,
