@@ -110,7 +110,7 @@ def test_keys_of_redundant_heads_end_at_zero_though_they_have_no_adapter() -> No
     assert [bool(head.any()) for head in rows] in ([True, False], [False, True])
 
 
-def test_factors_of_redundant_units_and_their_optimizer_state_are_zero_at_every_step() -> None:
+def test_factors_of_redundant_units_are_zero_at_every_step_and_their_moments_once_they_are_gone() -> None:
     model = adapted()
     optimizer = lhspg(model, {"ffn1": 9}, Periods(warmup=2, count=1, steps=4))
     up = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
@@ -120,11 +120,30 @@ def test_factors_of_redundant_units_and_their_optimizer_state_are_zero_at_every_
         if number >= 2:
             gone = optimizer.redundant
             b, a = up.lora_B.default.weight, down.lora_A.default.weight  # type: ignore[union-attr]
-            for factor in (b, optimizer.state[b]["exp_avg"], optimizer.state[b]["exp_avg_sq"]):
-                assert not factor[gone].any()
-            for factor in (a, optimizer.state[a]["exp_avg"]):
-                assert not factor[:, gone].any()
-                assert factor[:, ~gone].any()
+            assert not b[gone].any()
+            assert not a[:, gone].any()
+            moments = [optimizer.state[b]["exp_avg"][gone], optimizer.state[a]["exp_avg"][:, gone]]
+            assert [bool(m.any()) for m in moments] == [number < 5, number < 5]
+            assert optimizer.state[a]["exp_avg"][:, ~gone].any()
+
+
+def test_redundant_units_learn_at_the_rate_of_the_optimizer() -> None:
+    model = adapted(targets=("up_proj", "down_proj"))
+    inside = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, betas=(0.5, 0.999))
+    optimizer = LHSPG(inside, model, base_groups(), {"ffn0": 9}, Periods(warmup=40, count=1, steps=6))
+    up = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    weight, a = up.base_layer.weight, up.lora_A.default.weight  # type: ignore[union-attr]
+    for number in range(45):
+        for parameter in inside.param_groups[0]["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        before = weight.detach().clone()
+        optimizer.step()
+        if number > 40:  # the first step of the period folds what the warm-up has learned, too
+            rows = optimizer.redundant.nonzero().flatten()
+            stays = 1 - 1 / optimizer.periods.left(number)
+            # Under a gradient that stays the same, Adam's step is as long as its rate; B was zero before it.
+            expected = stays * before[rows] - 1e-3 * 2.0 * a.detach().sum(0)
+            torch.testing.assert_close(weight[rows], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_merge_begins_the_optimizer_of_b_anew() -> None:
