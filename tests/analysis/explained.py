@@ -89,7 +89,7 @@ class Unknown(nn.Module):
         self.down = nn.Linear(16, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.matrix_exp(self.up(x).unsqueeze(-1) * self.up(x).unsqueeze(-2)).sum(-1))
+        return self.down(torch.linalg.matrix_power(self.up(x).unsqueeze(-1) * self.up(x).unsqueeze(-2), 3).sum(-1))
 
 
 class Experts(nn.Module):

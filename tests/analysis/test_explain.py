@@ -200,21 +200,21 @@ def test_a_barrier_is_named_with_the_way_to_it() -> None:
         explain(explained.Unknown(), "up.bias"),
         """
         a0: 16 other units in 2 slices, frozen
-        frozen: no axis rule for aten.matrix_exp
+        frozen: no axis rule for aten.linalg_matrix_power
         names that begin with a dot are in up
 
         from @.bias, dim 0 [a0:16] to what freezes it:
              @.bias, dim 0
-             = %up, dim 2         aten.linear                    explained.py: return self.down(torch.matrix_exp(self.up(x).unsqueeze(-1) * self.up(x…
+             = %up, dim 2         aten.linear                                      explained.py: return self.down(torch.linalg.matrix_power(self.up(x).unsqueeze(-1) *…
              = %unsqueeze, dim 2  aten.unsqueeze
              = %mul, dim 2        aten.mul
-             x frozen             aten.matrix_exp (%matrix_exp)
+             x frozen             aten.linalg_matrix_power (%linalg_matrix_power)
 
         tied to @.bias, dim 0 [a0:16]:
 
         1. @.weight, dim 0 [a0:16]
              @.bias, dim 0
-             = @.weight, dim 0  aten.linear (%up)  explained.py: return self.down(torch.matrix_exp(self.up(x).unsqueeze(-1) * self.up(x…
+             = @.weight, dim 0  aten.linear (%up)  explained.py: return self.down(torch.linalg.matrix_power(self.up(x).unsqueeze(-1) *…
         """,
     )
 

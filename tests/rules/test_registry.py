@@ -15,21 +15,21 @@ aten = torch.ops.aten
 
 def test_an_operator_without_a_rule_is_a_barrier() -> None:
     expect(
-        typed(lambda x, y: torch.linalg.inv(x) @ y, x=(4, 4), y=(4, 5)),
+        typed(lambda x, y: torch.linalg.matrix_power(x, 3) @ y, x=(4, 4), y=(4, 5)),
         """
         x [a!:4, b!:4]
         y [c!:4, d:5]
         -> [e!:4, d:5]
         zero: d
-        a b c e: no axis rule for aten.linalg_inv at %linalg_inv_default = aten.linalg_inv
+        a b c e: no axis rule for aten.linalg_matrix_power at %linalg_matrix_power_default = aten.linalg_matrix_power
         """,
     )
     expect(
-        typed(lambda x: torch.fft.rfft(x).real, x=(5, 4)),
+        typed(lambda x: torch.renorm(x, 2, 0, 1.0), x=(5, 4)),
         """
         x [a!:5, b!:4]
-        -> [c!:5, d!:3]
-        a b c d: no axis rule for aten.fft_rfft at %fft_rfft_default = aten.fft_rfft
+        -> [c!:5, d!:4]
+        a b c d: no axis rule for aten.renorm at %renorm_default = aten.renorm
         """,
     )
 
