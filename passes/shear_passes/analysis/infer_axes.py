@@ -20,6 +20,7 @@ from shear_passes.rules.registry import (
     Barrier,
     Contraction,
     Entry,
+    Need,
     Operand,
     Ranking,
     Results,
@@ -119,7 +120,15 @@ class Inference:
         )
 
     def _hold_unchosen(self) -> None:
-        """Comparing entries holds an axis, unless its indices are chosen by it: then removed ones may just lose."""
+        """Comparing entries holds an axis, unless its indices are chosen by it: then removed ones may just lose.
+
+        A softmax chooses among what is stacked along its axis: matrices, which it weighs.
+        """
+        stacked = {a for dims in self.of_param.values() for a in _stacked(dims)}
+        self.rankings = [
+            replace(r, named=r.named or (r.need is Need.WEIGHTLESS and stacked.issuperset(atoms(r.over))))
+            for r in self.rankings
+        ]
         chosen = {a for r in self.rankings if r.named for a in atoms(r.over)}
         for ranking in self.rankings:
             for atom in atoms(ranking.over):
@@ -261,6 +270,12 @@ class Inference:
                 self._barrier(Site(node, ()), f"{name} reads a size")
             return
         self._barrier(Site(node, ()), f"{name} reads values")
+
+
+def _stacked(dims: Dims) -> list[Axis]:
+    """The atom that counts matrices in a parameter of three dims; none in any other."""
+    large = [resolve(dim) for dim in dims if dim.size > 1]
+    return [large[0]] if len(large) == 3 and isinstance(large[0], Axis) else []
 
 
 class _Solution:

@@ -22,6 +22,9 @@ _EPSILON = {
 """Norms, and the place of what they add to the variance, so that it is not zero where all entries are."""
 
 
+_SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
+
+
 class Poles:
     """Freezes the axes at whose removed indices a call is not shown to have a value."""
 
@@ -35,6 +38,8 @@ class Poles:
         name = base_name(node)
         if name in _EPSILON:
             self._check_norm(node, _EPSILON[name])
+        elif name in _SOFTMAX:
+            self._check_softmax(node)
         elif is_pointwise(node.target):
             operands = conditional(name, node)
             for atom in self._carried(dim for operand in operands for dim in self.axes.dims(operand)):
@@ -57,6 +62,14 @@ class Poles:
             over = node.args[1] if isinstance(node.args[1], (list, tuple)) else ()
             for atom in self._carried(dims[: len(dims) - len(over)]):
                 freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
+
+    def _check_softmax(self, node: fx.Node) -> None:
+        """A softmax along another dim finds nothing but minus infinity where an index is not to be chosen."""
+        source = node.args[0]
+        if isinstance(source, fx.Node):
+            low = self.removed.low.get(source.name, frozenset())
+            for atom in low - set(atoms(self.axes.dims(source)[node.args[1]])):  # type: ignore[index]
+                freeze(atom, f"removed entries would have no softmax at %{node.name} = {op_name(node)}", at=node.name)
 
     def _carried(self, dims: Iterable[object]) -> dict[Axis, None]:
         return dict.fromkeys(a for dim in dims for a in atoms(dim))  # type: ignore[arg-type]

@@ -90,7 +90,8 @@ class Ranking:
     """Entries of ``operand`` along ``over`` are compared with each other.
 
     ``count``: how many of them are chosen, 0 where none is; ``named``: whether their numbers are read, and not only
-    how large they are. ``reason``: what holds the axis unless removed entries are known to be what ``need`` says.
+    how large they are, or for a softmax, whether what it weighs is stacked along the axis, as experts are. ``reason``:
+    what holds the axis unless removed entries are known to be what ``need`` says.
     """
 
     node: fx.Node
