@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from shear_backends.config_inference import accepted_counts, infer_config
 from shear_backends.depth import without_layers
 from shear_backends.latency import as_options, by_latency
+from shear_backends.stock import Answer, Counts, Fixed, Stock, classes, nearest
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.base import has_adapters
 from shear_ir.frontend.inputs import device_of, example_inputs
@@ -28,9 +28,9 @@ from shear_passes.importance.calibration import Loss, Progress, as_feed
 from shear_passes.importance.scoring import Wanted, chosen, prepared
 from shear_passes.rewrite.shear import shear_program, shear_tensors
 from shear_passes.select import SelectBlocks, SelectByRatio, Selection, selection
-from shear_passes.select.build import masks_of, removed_by
+from shear_passes.select.build import removed_by
 from shear_passes.select.by_ratio import Budget
-from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
+from shear_passes.select.choose import DEFAULT_KINDS, choose
 
 MEASURED = 2
 """Batches of data that a budget of latency is measured on."""
@@ -90,8 +90,9 @@ def plan(
     result), global, isomorphic, or by-knowledge, which needs ``knowledge``: group name to the loss deviation at some
     shares of its units. The classes of ``shear_passes.select`` describe these and the other options; ``round_to`` may
     differ by kind.
-    ``stock``: where the config class of a transformers model refuses the number of heads that would be left (Llama:
-    heads must divide the hidden size), take a number beside it that is accepted and let the channels make up for it.
+    ``stock``: where no config of a transformers model has the sizes that would be left (Llama: heads must divide the
+    hidden size), take numbers of units beside them that one has, and let the other kinds make up for it;
+    ``Plan.notes`` says so, or what stands in the way. Only uniform allocation gives sizes that one config can say.
     ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
     Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
@@ -150,11 +151,7 @@ def plan(
         without=(SelectByRatio,),
     )  # fmt: skip
     found = fork.get(asked)
-    others = _accepted_heads(program, found) if stock and allocation == "uniform" else []
-    tried = [replace(asked, heads=heads) for heads in others]
-    gaps = {other: gap for other in tried if (gap := _imbalance(fork, other)) < math.inf}
-    best = min(gaps, key=gaps.__getitem__, default=None)
-    return found if best is None else fork.get(best)
+    return _with_config(program, fork, asked, found) if stock and allocation == "uniform" else found
 
 
 def scores(
@@ -236,20 +233,58 @@ def _without_layers(model: nn.Module | None, found: Groups, depth: Plan) -> nn.M
         return None
 
 
-def _accepted_heads(program: Program, plan: Plan) -> list[int]:
-    """The numbers of heads next to the plan's that the model's config class accepts; none when it need not change."""
+def _with_config(program: Program, manager: AnalysisManager, asked: SelectByRatio, found: Plan) -> Plan:
+    """``found``, or the plan beside it that a config of the model's class can say; its notes tell which and why."""
     model = model_of(program)
-    counts = {(c.size, len(c.kept)) for c in plan.cuts if c.kind in HEAD_KINDS}
-    if model is None or len(counts) != 1:
-        return []
-    found = groups(program)
-    inference = infer_config(model, found, masks_of(found, plan.cuts), plan.kept)
-    if not inference.refused:
-        return []
-    size, count = counts.pop()
-    accepted = accepted_counts(model, inference.changes, size, count)
-    below, above = [n for n in accepted if n < count], [n for n in accepted if n > count]
-    return [*below[-1:], *above[:1]]
+    if model is None or not hasattr(getattr(model, "config", None), "to_dict"):
+        return found
+    named = groups(program).by_name
+    counts = {named[cut.group]: len(cut.kept) for cut in found.cuts}
+    stock = Stock(model, groups(program))
+    why = stock.why_not(counts)
+    if not why:
+        return found
+
+    def having(fixed: Fixed) -> SelectByRatio:
+        return replace(asked, units=tuple(f"{kind}={count}/{size}" for (kind, size), count in fixed.items()))
+
+    def solve(fixed: Fixed) -> Counts:
+        other = having(fixed)
+        return manager.running(other, lambda: other.counts(manager))
+
+    answers = nearest(stock, solve)
+    # A kind for which the class has no number at all stays in the plan: it was asked for.
+    able = stock.has_fields(counts)
+    taken = [a for a in answers if able or all(count < size for (_, size), count in a.fixed.items())]
+    plans = [(a, manager.get(having(a.fixed))) for a in taken]
+    if not plans:
+        return replace(found, notes=(*found.notes, _not_stock(why, answers)))
+    best, plan = min(plans, key=lambda pair: (_missed(asked, pair[1]), _imbalance(asked, pair[0].counts)))
+    return replace(plan, notes=(*plan.notes, _beside(best, classes(counts), why)))
+
+
+def _beside(answer: Answer, asked: Mapping[tuple[str, int], int], why: str) -> str:
+    """How the sizes of ``answer`` differ from those that the ratio asked for, and why."""
+    told = ", ".join(
+        f"{count} of {size} {kind} units stay, not {asked.get((kind, size), size)}"
+        for (kind, size), count in answer.fixed.items()
+    )
+    return f"{told}, so that a stock config can say it ({why}); stock=False (--no-stock) does not mind"
+
+
+def _not_stock(why: str, answers: Sequence[Answer]) -> str:
+    """That no config has the sizes, and which sizes have one."""
+    near = " or ".join(
+        ", ".join(f"{count} of {size} {kind} units" for (kind, size), count in classes(answer.counts).items())
+        for answer in answers[:2]
+    )
+    return f"stock classes cannot load this ({why})" + (f"; they could with {near}" if near else "")
+
+
+def _missed(asked: SelectByRatio, plan: Plan) -> float:
+    """How far the plan is from the ratio, in percent."""
+    gone = 1.0 - getattr(plan.after, asked.budget) / max(1, getattr(plan.before, asked.budget))
+    return round(100 * abs(gone - asked.ratio))
 
 
 def _steps(round_to: int | Mapping[str, int]) -> int | tuple[str, ...]:
@@ -261,12 +296,8 @@ def _steps(round_to: int | Mapping[str, int]) -> int | tuple[str, ...]:
     return round_to
 
 
-def _imbalance(manager: AnalysisManager, asked: SelectByRatio) -> float:
-    """How unlike the shares are that the kinds lose; infinite where the ratio cannot be reached."""
-    try:
-        counts = manager.running(asked, lambda: asked.counts(manager))
-    except PlanError:
-        return math.inf
+def _imbalance(asked: SelectByRatio, counts: Counts) -> float:
+    """How unlike the shares are that the kinds lose."""
     lost: dict[str, float] = dict.fromkeys(asked.kinds, 0.0)
     for group, count in counts.items():
         lost[group.kind] = max(lost[group.kind], 1 - count / group.size)

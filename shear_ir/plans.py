@@ -63,6 +63,7 @@ class Plan:
     tensors that score the experts a plan removes, with the dim that counts them: a removed expert is one that is never
     routed to, not one whose weights are zero. ``gains``: parameters g of normalised weights ``g * v / |v|``, each with
     its v: where v loses what the norm runs over, g is scaled so that what is left of the weight stays what it is.
+    ``notes``: sentences about how the plan differs from what was asked.
     """
 
     digest: str
@@ -77,6 +78,7 @@ class Plan:
     names: Mapping[str, str] = field(default_factory=dict)
     routers: Mapping[str, int] = field(default_factory=dict)
     gains: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -116,6 +118,7 @@ class Plan:
             names=moved,
             routers={n: d for n, d in {**self.routers, **later.routers}.items() if renumbered(n, gone) is not None},
             gains={g: v for g, v in {**self.gains, **later.gains}.items() if renumbered(g, gone) is not None},
+            notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
         )
 
     def _in_my_names(self, later: Plan) -> Plan:
@@ -160,6 +163,7 @@ class Plan:
             "frozen": dict(self.frozen),
             **({"routers": dict(self.routers)} if self.routers else {}),
             **({"gains": dict(self.gains)} if self.gains else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }  # fmt: skip
         return _compact(json.dumps(document, indent=2))
 
@@ -187,6 +191,7 @@ class Plan:
             names=read.names,
             routers=read.routers,
             gains=read.gains,
+            notes=tuple(read.notes),
         )
 
     def save(self, path: str | Path) -> None:
@@ -325,3 +330,4 @@ class _Document(_Strict):
     names: dict[str, str] = {}
     routers: dict[str, _Count] = {}
     gains: dict[str, str] = {}
+    notes: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,9 +111,10 @@ def _recipes(
     feed: Inputs,
 ) -> Iterator[Recipe]:
     """Ways to build the sheared model, the stock one first."""
-    config = infer_config(model, groups, masks, plan.kept, norms).config
-    if config is not None:
-        yield Recipe(config, _attributes_by_config(model, config), norms)
+    found = infer_config(model, groups, masks, plan.kept, norms)
+    if found.config is not None:
+        for config in itertools.chain([found.config], found.others()):
+            yield Recipe(config, _attributes_by_config(model, config), norms)
     gathers = tuple(find_gathers(model, groups, masks, feed))
     for overrides in attributes.candidates(model, groups, masks, feed):
         yield Recipe(None, overrides, norms, gathers)

@@ -73,6 +73,7 @@ def put(result: Pruned) -> None:
     title = f"{plan.model}, {'sheared' if result.saved else 'planned'}"
     console.put_table(console.table(title, ("", "before", "after", "change"), lines, ("before", "after", "change")))
     console.put_lines(*(f"cut    {line}" for line in _cut_lines(plan)))
+    console.put_lines(*(f"note   {sentence}" for sentence in plan.notes))
     if result.verified is not None:
         console.put_lines(f"check  {result.verified}")
     stock, why = result.stock
@@ -98,6 +99,7 @@ def as_json(result: Pruned) -> dict[str, Any]:
         "after": asdict(result.plan.after),
         "cuts": [{"kind": kind, **_summary(cuts)} for kind, cuts in _by_kind(result.plan).items()],
         "options": dict(result.plan.options),
+        "notes": list(result.plan.notes),
         "verified": {**asdict(found), "sound": found.sound} if found else None,
         "stock": stock,
         "why_not_stock": why,

@@ -77,8 +77,8 @@ def test_a_floor_stays_in_every_group() -> None:
 
 
 def test_heads_that_the_config_accepts_keep_to_the_floor_too() -> None:
-    asked = ALLOCATIONS["uniform"](ratio=0.2, floor=0.6, heads=1)
-    with pytest.raises(PlanError, match="1 heads are fewer than the floor, or no multiple of round_to"):
+    asked = ALLOCATIONS["uniform"](ratio=0.2, floor=0.6, units=("kv_head=1/2",))
+    with pytest.raises(PlanError, match="1 kv_head units are fewer than the floor, or no multiple of round_to"):
         asked.counts(sir.analyses(_program()))
     with pytest.raises(PlanError, match="round_to speaks of fnn, but what is cut are the kinds ffn, kv_head"):
         sir.plan(_program(), ratio=0.2, round_to={"fnn": 64})

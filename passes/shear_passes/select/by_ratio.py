@@ -42,9 +42,9 @@ class SelectByRatio(Selection):
     ``budget``: what ``ratio`` is a share of: parameters, bytes, flops, or kv_bytes of a generated token. What stays of
     a group is a multiple of ``round_to``, heads, experts and blocks excepted; words such as ``ffn=64`` set it for a
     kind. Where kernels want a multiple of some number, it is one of that, too. ``floor``: the share of its units that
-    stays in every group at least. ``heads``: how many heads stay in every layer, 0 to solve for it. ``only`` and
-    ``skip`` are globs on module paths, ``frozen`` names groups that stay whole. Kinds that a normalisation holds are
-    cut only when named.
+    stays in every group at least. ``units``: what is not solved for: words such as ``kv_head=4/6``, which say that
+    groups of six key-value heads keep four. ``only`` and ``skip`` are globs on module paths, ``frozen`` names groups
+    that stay whole. Kinds that a normalisation holds are cut only when named.
     """
 
     ratio: float = 0.2
@@ -54,7 +54,7 @@ class SelectByRatio(Selection):
     skip: tuple[str, ...] = ()
     kinds: tuple[str, ...] = DEFAULT_KINDS
     seed: int = 0
-    heads: int = 0
+    units: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()
     budget: Budget = "parameters"
     floor: float = 0.0
@@ -102,6 +102,18 @@ class SelectByRatio(Selection):
             found[kind] = int(number)
         return found
 
+    @cached_property
+    def fixed(self) -> dict[tuple[str, int], int]:
+        """How many units stay, by the kind and size of a group, as ``units`` says it."""
+        found = {}
+        for word in self.units:
+            kind, _, share = word.partition("=")
+            count, _, size = share.partition("/")
+            if not count.isdecimal() or not size.isdecimal() or not 0 < int(count) <= int(size):
+                raise PlanError(f"units takes words such as kv_head=4/6, not '{word}'")
+            found[kind, int(size)] = int(count)
+        return found
+
     def _check(self) -> None:
         if self.budget not in BUDGETS:
             raise PlanError(f"there is no budget '{self.budget}'; there are {', '.join(BUDGETS)}")
@@ -117,7 +129,7 @@ class SelectByRatio(Selection):
             "allocation": self.name().removeprefix("select-"), "ratio": self.ratio, "importance": str(used),
             "round_to": self.round_to if isinstance(self.round_to, int) else list(self.round_to),
             "only": list(self.only), "skip": list(self.skip), "kinds": list(self.kinds),
-            **({"heads": self.heads} if self.heads else {}),
+            **({"units": list(self.units)} if self.units else {}),
             **({"frozen": list(self.frozen)} if self.frozen else {}),
             **({"budget": self.budget} if self.budget != "parameters" else {}),
             **({"floor": self.floor} if self.floor else {}),
@@ -208,10 +220,11 @@ class _Solver:
     def _round(self, group: Group, wanted: float) -> int:
         step = self._steps[group.kind]
         least = max(step, step * math.ceil(max(group.least, whole(self.asked.floor * group.size)) / step))
-        if group.kind in HEAD_KINDS and self.asked.heads:
-            if self.asked.heads < min(group.size, least) or self.asked.heads % step:
-                raise PlanError(f"{self.asked.heads} heads are fewer than the floor, or no multiple of round_to")
-            return min(group.size, self.asked.heads)
+        fixed = self.asked.fixed.get((group.kind, group.size))
+        if fixed is not None:
+            if fixed < group.size and (fixed < least or fixed % step):
+                raise PlanError(f"{fixed} {group.kind} units are fewer than the floor, or no multiple of round_to")
+            return fixed
         return min(group.size, max(least, step * round(wanted / step)))
 
     def _counts_for(self, group: Group) -> bool:
