@@ -37,6 +37,8 @@ from shear_passes.select.build import checked_masks
 
 RECORD = "shear_record"
 
+_LIKELY = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Record:
@@ -88,10 +90,11 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     _require_eps(model, groups, norms)
     cuts = cut_by_id(model, plan, norms)
     fits = find_fits(groups, masks)
-    for recipe in _recipes(model, groups, masks, plan, norms, feed):
+    for tried, recipe in enumerate(_recipes(model, groups, masks, plan, norms, feed)):
         if judge.agrees(build(model, cuts, recipe)):
             return recipe
-        if judge.failed and recipe.config is None and fits:
+        # A size left open may be another one without a failure; the likeliest attributes are enough to see that.
+        if (judge.failed or tried < _LIKELY) and recipe.config is None and fits:
             fitted = watch_fits(build(model, cuts, replace(recipe, fits=fits)))
             if judge.agrees(fitted):
                 return replace(recipe, fits=needed(fitted, fits))

@@ -49,6 +49,7 @@ class _FitDocument(_Strict):
     places: tuple[int, ...]
     old: tuple[int, ...]
     new: tuple[int, ...]
+    operand: tuple[int, ...] = ()
 
 
 class RecordDocument(_Strict):

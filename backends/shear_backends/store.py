@@ -254,7 +254,8 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
         places = set(fit.places)
         if not len(places) == len(fit.places) == len(fit.old) == len(fit.new) or not places <= set(range(fit.rank)):
             raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that cannot be there")
-        if any(not 0 < new < old <= 2**24 for old, new in zip(fit.old, fit.new, strict=True)):
+        wider = any(not 0 < new <= old <= 2**24 for old, new in zip(fit.old, fit.new, strict=True))
+        if wider or fit.old == fit.new:
             raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that no cut leaves")
     for norm in record.norms:
         _submodule(folder, dense, norm.module, record.plan.gone)

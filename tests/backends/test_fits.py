@@ -59,7 +59,7 @@ def test_a_narrower_one_is_saved_loaded_and_pruned_again(tmp_path: Path) -> None
     family = trace(randomised(WideAttention()))
     (group,) = family.able("kv_head")
     once = sir.shear(family.model, family.without({group: [0, 3]}))
-    assert once.shear_record.fits == (Fit("", 3, (2,), (24,), (16,)),)
+    assert once.shear_record.fits == (Fit("", 3, (2,), (24,), (16,), (-1, -1, 4, 4)),)
     sir.save(once, tmp_path / "out")
     again = sir.load(tmp_path / "out", WideAttention())
     assert same(outputs(once, family.feed), outputs(again, family.feed))
@@ -104,3 +104,71 @@ def test_two_answers_are_none() -> None:
     assert model(torch.zeros(36), (8, 6)).shape == (6, 6)
     with pytest.raises(RuntimeError, match="invalid"):
         model(torch.zeros(48), (8, 8))
+
+
+class Numbers(nn.Module):
+    """Attention whose sizes stand in its code as numbers: 4 heads of 2, laid in one tensor of 24 or in three of 8."""
+
+    def __init__(self, way: str, back: str) -> None:
+        super().__init__()
+        self.way, self.back = way, back
+        self.qkv, self.out, self.head = nn.Linear(6, 24), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (self.heads(part, batch, length).transpose(1, 2) for part in self.parts(self.qkv(x)))
+        mixed = ((q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v).transpose(1, 2)
+        flat = mixed.reshape(batch, -1, 8) if self.back == "open" else mixed.reshape(batch, length, 8)
+        return self.head(x + self.out(flat))  # type: ignore[no-any-return]
+
+    def parts(self, y: Tensor) -> tuple[Tensor, ...]:
+        if self.way == "chunk":
+            return y.chunk(3, dim=-1)
+        return torch.split(y, 8, dim=2) if self.way == "split" else y.split([8, 8, 8], -1)
+
+    def heads(self, y: Tensor, batch: int, length: int) -> Tensor:
+        if self.way == "chunk":
+            return y.view(batch, length, 4, 2)
+        return y.unflatten(-1, (4, 2)) if self.way == "split" else y.view(batch, -1, 4, 2)
+
+
+@pytest.mark.parametrize("way", ["chunk", "split", "list"])
+@pytest.mark.parametrize("back", ["open", "numbers"])
+@pytest.mark.parametrize("kinds", [("kv_head",), ("head_dim",), ("kv_head", "head_dim")])
+def test_sizes_that_stand_in_the_code_as_numbers_follow(way: str, back: str, kinds: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model, feed = Numbers(way, back).eval(), torch.randn(2, 7, 6)
+    family = trace(model, {"x": feed})
+    gone = {group: [0] for kind in kinds for group in family.able(kind)}
+    assert {group.size for group in gone} == {4 if kind == "kv_head" else 2 for kind in kinds}
+    small = sir.shear(model, plan := family.without(gone), inputs=feed)
+    # At 8 and 16 positions a wrong number of heads would divide what there is, too.
+    report = sir.verify(model, small, plan, [{"x": torch.randn(b, n, 6)} for b, n in ((2, 7), (3, 8), (1, 16), (4, 3))])
+    assert report.sound
+    assert report.moved > 1e-3
+
+
+def test_values_alone_may_get_narrower_in_one_tensor_with_queries_and_keys(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, feed = Numbers("chunk", "open").eval(), {"x": torch.randn(2, 7, 6)}
+    family = trace(model, feed)
+    values = next(g for g in family.able("head_dim") if "out.weight" in g.parameters)
+    once = sir.shear(model, family.without({values: [1]}), inputs=feed)
+    assert once.qkv(feed["x"]).shape[-1] == 20  # type: ignore[operator]
+    sir.save(once, tmp_path / "out")
+    again = sir.load(tmp_path / "out", model)
+    assert same(outputs(once, feed), outputs(again, feed))
+    second = trace(again, feed)
+    (heads,) = second.able("kv_head")
+    twice = sir.shear(again, second.without({heads: [2]}), inputs=feed)
+    longer = [feed, {"x": torch.randn(3, 8, 6)}]
+    assert sir.verify(model, twice, twice.shear_record.plan, longer).sound
+
+
+def test_a_size_left_open_is_mended_only_in_what_was_cut() -> None:
+    model = Viewing()
+    install_fits(model, [Fit("", 3, (2,), (8,), (6,), (-1, 6))])
+    assert model(torch.zeros(8, 6), (-1, 2, 8)).shape == (4, 2, 6)
+    assert model(torch.zeros(4, 8), (-1, 2, 8)).shape == (2, 2, 8)
+    with pytest.raises(RuntimeError, match="invalid"):
+        model(torch.zeros(3, 6), (-1, 2, 8))
