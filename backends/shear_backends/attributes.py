@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,28 @@ def candidates(model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask], fee
             for path, value in zip(choice.paths, choice.options[pick], strict=True):
                 overrides.setdefault(path, {})[choice.attribute] = value
         yield overrides
+
+
+def optional(model: nn.Module, overrides: Overrides) -> list[tuple[list[str], str]]:
+    """The attributes among ``overrides`` that no constructor made of a size, with the modules of a class that have it.
+
+    Such an attribute was taken for a size because it had its value, as a window of positions may.
+    """
+    by_class: dict[type, list[str]] = {}
+    for path in overrides:
+        by_class.setdefault(type(model.get_submodule(path)), []).append(path)
+    found: list[tuple[list[str], str]] = []
+    for paths in by_class.values():
+        made = _constructor_dims(model.get_submodule(paths[0]))
+        names = dict.fromkeys(name for path in paths for name in overrides[path])
+        found += [(paths, name) for name in names if name not in made]
+    return found
+
+
+def without(overrides: Overrides, paths: Sequence[str], name: str) -> Overrides:
+    """``overrides`` but for one attribute of some modules."""
+    left = {p: {n: v for n, v in own.items() if p not in paths or n != name} for p, own in overrides.items()}
+    return {path: own for path, own in left.items() if own}
 
 
 def apply_attributes(model: nn.Module, overrides: Overrides) -> None:

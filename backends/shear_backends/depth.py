@@ -10,9 +10,10 @@ from torch import nn
 
 from shear_backends.config_inference import infer_config
 from shear_backends.graph import tensors_of
+from shear_backends.judge import Judge
 from shear_backends.layers import drop_layers, staying
 from shear_backends.masked_blocks import block_cuts
-from shear_backends.module import Judge, Recipe, build, cut_by_id, find_recipe, recorded, require_exact, with_copies
+from shear_backends.module import Recipe, build, cut_by_id, find_recipe, recorded, require_exact, with_copies
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -76,8 +77,8 @@ def foreseen(model: nn.Module, groups: Groups, plan: Plan) -> tuple[bool, str]:
 def _require_function(model: nn.Module, dropped: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
     alone = replace(plan, cuts=tuple(block_cuts(plan.cuts)), kept={}, routers={})
     judge = Judge(model, groups, alone, feed)
-    if not judge.agrees(dropped):
-        judge.require_trace(model)
+    if not judge.agrees(dropped, lambda dense: without_layers(dense, plan)[0]):
+        judge.require_trace()
         raise ShearingError(
             f"{type(model).__name__} without {', '.join(plan.gone)} does not compute the function of the graph without "
             f"them{judge.why}: others rely on these layers; use the graph backend, or leave them"

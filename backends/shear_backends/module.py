@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,22 +17,20 @@ from shear_backends.attributes import Overrides, apply_attributes
 from shear_backends.config_inference import infer_config
 from shear_backends.fits import Fit, find_fits, install_fits, needed, watch_fits
 from shear_backends.gathers import Gather, find_gathers, install
-from shear_backends.graph import graph_module, tensors_of
+from shear_backends.graph import tensors_of
+from shear_backends.judge import Judge
 from shear_backends.layers import drop_layers, moved, stays
-from shear_backends.verify import TOLERANCE, difference, evaluation, run
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
-from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
 from shear_ir.plans import Plan
-from shear_ir.program import Program, module_path
+from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
-from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
-from shear_passes.rewrite.shear import cut_tensor, shear_program, shear_tensors
+from shear_passes.rewrite.shear import cut_tensor
 from shear_passes.select.build import checked_masks
 
 RECORD = "shear_record"
@@ -90,19 +88,34 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     _require_eps(model, groups, norms)
     cuts = cut_by_id(model, plan, norms)
     fits = find_fits(groups, masks)
+
+    def agrees(recipe: Recipe, small: nn.Module | None = None) -> bool:
+        small = build(model, cuts, recipe) if small is None else small
+        return judge.agrees(small, lambda dense: build(dense, cut_by_id(dense, plan, norms), recipe))
+
     for tried, recipe in enumerate(_recipes(model, groups, masks, plan, norms, feed)):
-        if judge.agrees(build(model, cuts, recipe)):
-            return recipe
+        if agrees(recipe):
+            return recipe if recipe.config is not None else _smallest(model, recipe, agrees)
         # A size left open may be another one without a failure; the likeliest attributes are enough to see that.
         if (judge.failed or tried < _LIKELY) and recipe.config is None and fits:
-            fitted = watch_fits(build(model, cuts, replace(recipe, fits=fits)))
-            if judge.agrees(fitted):
-                return replace(recipe, fits=needed(fitted, fits))
-    judge.require_trace(model)
+            fitting = replace(recipe, fits=fits)
+            fitted = watch_fits(build(model, cuts, fitting))
+            if agrees(fitting, fitted):
+                return _smallest(model, replace(recipe, fits=needed(fitted, fits)), agrees)
+    judge.require_trace()
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
         f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
     )
+
+
+def _smallest(model: nn.Module, recipe: Recipe, agrees: Callable[[Recipe], bool]) -> Recipe:
+    """``recipe`` without the attributes that it need not change, which only had the value of a size."""
+    for paths, name in attributes.optional(model, recipe.attributes):
+        less = replace(recipe, attributes=attributes.without(recipe.attributes, paths, name))
+        if agrees(less):
+            recipe = less
+    return recipe
 
 
 def _recipes(
@@ -279,59 +292,3 @@ def require_exact(model: nn.Module) -> None:
     packed = quantised_module(model)
     if packed:
         raise PlanError(f"the model holds quantised parameters ({packed}): shear the unquantised model")
-
-
-class Judge:
-    """Compares candidates with the graph backend, which got its answer by another road."""
-
-    def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
-        self.feed = feed
-        self.groups = groups
-        self.plan = plan
-        self.program: Program = shear_program(groups, plan)
-        self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-        self.why = ""  # what speaks against the first candidate, the likeliest
-        self.failed = False  # whether the latest candidate could not be run
-        if not self.meta:
-            named = tensors_of(model)
-            owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
-            cut = shear_tensors({name: named[name] for name in owned}, groups, plan)
-            with torch.no_grad():
-                self.expected = tuple(graph_module(self.program, cut)(**feed))
-            self.scale = max([1.0, *(float(t.abs().max()) for t in self.expected if t.numel())])
-
-    def agrees(self, small: nn.Module) -> bool:
-        """Whether ``small`` computes the sheared graph's function; on the meta device, its graph."""
-        self.failed = False
-        try:
-            if self.meta:
-                return self._same_graph(small)
-            with evaluation(small), torch.no_grad():
-                gap = difference(self.expected, run(small, self.feed))
-        except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
-            self.failed = True
-            self.why = (
-                self.why or f" ({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
-            )
-            return False
-        self.why = self.why or f" (outputs differ by {gap:.3g})"
-        tolerance = TOLERANCE if self.expected[0].dtype in (torch.float32, torch.float64) else 0.05
-        return gap <= tolerance * self.scale
-
-    def require_trace(self, model: nn.Module) -> None:
-        """Raise ``ShearingError`` where the graph of the dense model does not compute what the model itself does."""
-        if self.meta:
-            return
-        with evaluation(model), torch.no_grad():
-            gap = difference(run(model, self.feed), graph_module(self.groups.program, tensors_of(model))(**self.feed))
-        if gap > 0.05 * self.scale:
-            raise ShearingError(
-                f"the trace of {type(model).__name__} is not its function, they differ by {gap:.3g} before anything "
-                "is removed: its forward draws random numbers or takes another way under torch.export; pass inputs "
-                "that leave it no choice, such as its masks"
-            )
-
-    def _same_graph(self, small: nn.Module) -> bool:
-        other = raise_lora(trace(small, self.feed))
-        mine = [(str(n.target), self.program.types[n.name]) for n in self.program.calls()]
-        return mine == [(str(n.target), other.types[n.name]) for n in other.calls()]

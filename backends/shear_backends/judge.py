@@ -1,0 +1,282 @@
+"""Whether modules compute what a sheared program says: by structure where that decides, else by numbers.
+
+By structure (``structure.py``): the modules are traced, and their program is compared with the sheared one, call by
+call; no weight is read. That is done at the lengths of the trace and once more past every number that a config or a
+module holds, since a window, a bucket or a table of positions shows itself only there. Where programs differ, numbers
+decide, in double precision and on weights drawn anew: whether two ways to compute are the same does not depend on the
+weights, and small ones would hide what differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shear_backends.graph import graph_module, tensors_of
+from shear_backends.structure import first_difference
+from shear_backends.verify import difference, evaluation, run
+from shear_ir.errors import PlanError, ShearError, ShearingError
+from shear_ir.frontend.export import trace
+from shear_ir.frontend.inputs import Inputs, example_inputs
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Plan
+from shear_ir.program import Program
+from shear_passes.analysis.block_groups import BLOCK_KINDS
+from shear_passes.analysis.find_groups import FindGroups, Groups
+from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.rewrite.shear import shear_program, shear_tensors
+from shear_passes.select.build import checked_masks
+
+Maker = Callable[[nn.Module], nn.Module]
+"""From dense modules to the sheared ones, over the tensors that the dense ones have."""
+
+_ROUNDING = 1e-9
+"""Of the largest output: double precision is a million times finer, and single precision a hundred times coarser."""
+_FOLLOWS = 1e-6
+"""Of what the cut changes: a difference that is not tiny beside it is one of the cut."""
+_CLEARLY = 0.05
+_LONGEST = 1 << 17
+_LARGEST = 1 << 26
+"""Entries of an input that a longer trace may have."""
+
+
+class Judge:
+    """Compares candidates with the sheared program, which came about by another road.
+
+    ``by``: which judge accepted the latest candidate. ``why``: what speaks against the first one, the likeliest.
+    ``failed``: whether the latest one could not be run. ``lengths``: the shapes of the main input that were compared.
+    """
+
+    def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
+        self.model = model
+        self.groups = groups
+        self.plan = plan
+        self.feed = feed
+        self.program: Program = shear_program(groups, plan)
+        self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+        self.by: Literal["structure", "numbers"] = "structure"
+        self.why = ""
+        self.failed = False
+        self.lengths: list[tuple[int, ...]] = []
+
+    def agrees(self, small: nn.Module, made: Maker | None = None) -> bool:
+        """Whether ``small`` computes the sheared program's function, at every length that is tried.
+
+        ``made`` makes such modules of dense ones that hold other numbers, so that numbers can decide where programs
+        differ; without it, and on the meta device, only structure does.
+        """
+        self.failed, self.by, self.lengths = False, "structure", []
+        against = self._against(small, self.feed, self.program)
+        if not against:
+            self.lengths.append(_shape(self.feed))
+            further = self.further
+            against = "" if further is None else self._against(small, *further)
+            if further is not None and not against:
+                self.lengths.append(_shape(further[0]))
+            elif further is not None:
+                against = f"with inputs of {_told(further[0])}, {against}"
+        elif made is not None and not self.meta and not self.failed and self._same_numbers(made):
+            self.by, against = "numbers", ""
+            self.lengths.append(_shape(self.feed))
+        self.why = self.why or (f" ({against})" if against else "")
+        return not against
+
+    def _against(self, small: nn.Module, feed: Inputs, program: Program) -> str:
+        """What speaks against ``small`` as ``program``."""
+        try:
+            if feed is self.feed and not self.meta:  # quicker than a trace of what does not run
+                with evaluation(small), torch.no_grad():
+                    run(small, feed)
+        except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
+            self.failed = True
+            return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        try:
+            return first_difference(program, raise_lora(trace(small, feed)))
+        except ShearError as failure:
+            return str(failure)
+
+    @cached_property
+    def further(self) -> tuple[Inputs, Program] | None:
+        """The longest inputs that can be traced, with the sheared program at that length; None where none differ.
+
+        Raises ``ShearingError`` where the dense model takes another way there, in which the plan is not possible.
+        """
+        for feed in longer(self.model, self.feed):
+            try:
+                there = AnalysisManager(raise_lora(trace(self.model, feed))).get(FindGroups())
+            except ShearError:
+                continue
+            against = not_possible(there, self.plan)
+            if against:
+                raise ShearingError(
+                    f"with inputs of {_told(feed)}, the forward of {type(self.model).__name__} takes another way than "
+                    f"with {_told(self.feed)}, and there {against}: leave the group whole, or plan with such inputs"
+                )
+            return feed, shear_program(there, self.plan)
+        return None
+
+    def _same_numbers(self, made: Maker) -> bool:
+        """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
+        for draw in (True, False):
+            try:
+                dense = _in_double(self.model, draw)
+                feed = {n: v.double() if v.is_floating_point() else v for n, v in self.feed.items()}
+                there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
+                expected = self._expected(dense, there, feed)
+                with evaluation(dense), torch.no_grad():
+                    before = run(dense, feed)
+                small = made(dense)
+                with evaluation(small), torch.no_grad():
+                    gap = difference(expected, run(small, feed))
+            except Exception as failure:  # code that minds its dtype, or a wrong candidate
+                self.why = self.why or f" ({type(failure).__name__}: {failure})"
+                continue
+            scale = max([0.0, *(float(t.abs().max()) for t in expected if t.numel())])
+            moved = difference(expected, before)
+            bound = _ROUNDING * scale if moved in (0.0, float("inf")) else min(_ROUNDING * scale, _FOLLOWS * moved)
+            if gap <= max(bound, 1e-13 * scale):
+                return True
+            self.why = self.why or f" (outputs differ by {gap:.3g}, up to {scale:.3g})"
+            if scale == scale:  # else the drawn weights have no value, and the model's own may
+                return False
+        return False
+
+    def _expected(self, dense: nn.Module, groups: Groups, feed: Inputs) -> tuple[Tensor, ...]:
+        program = shear_program(groups, self.plan)
+        named = tensors_of(dense)
+        owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
+        cut = shear_tensors({name: named[name] for name in owned}, groups, self.plan)
+        with torch.no_grad():
+            return tuple(graph_module(program, cut)(**feed))
+
+    def require_trace(self) -> None:
+        """Raise ``ShearingError`` where the graph of the dense model does not compute what the model itself does."""
+        if self.meta:
+            return
+        with evaluation(self.model), torch.no_grad():
+            own = run(self.model, self.feed)
+            gap = difference(own, graph_module(self.groups.program, tensors_of(self.model))(**self.feed))
+        if gap > _CLEARLY * max([0.0, *(float(t.abs().max()) for t in own if t.numel())]):
+            raise ShearingError(
+                f"the trace of {type(self.model).__name__} is not its function, they differ by {gap:.3g} before "
+                "anything is removed: its forward draws random numbers or takes another way under torch.export; pass "
+                "inputs that leave it no choice, such as its masks"
+            )
+
+
+def not_possible(groups: Groups, plan: Plan) -> str:
+    """Why ``plan`` cannot be applied to a program with these groups; empty where it can."""
+    for cut in plan.cuts:
+        group = groups.by_name.get(cut.group)
+        if group is not None and cut.kind not in BLOCK_KINDS and not (group.prunable or group.rescalable):
+            return f"{group.name} is frozen: {group.reason}"
+    try:
+        checked_masks(groups, plan)
+    except PlanError as failure:
+        return str(failure)
+    return ""
+
+
+def longer(model: nn.Module, feed: Inputs) -> Iterator[Inputs]:
+    """Inputs like ``feed`` past the numbers that ``model`` and its config hold, the longest that run first.
+
+    Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
+    """
+    now = max((size for value in feed.values() for size in value.shape), default=0)
+    numbers = sorted(n for n in numbers_of(model) if now <= n <= _LONGEST)
+    below, above = -1, len(numbers)
+    while above - below > 1:  # what is too long stays so when it is longer
+        middle = (below + above) // 2
+        if _runs(model, feed, _prime(numbers[middle] + 1, 1)):
+            below = middle
+        else:
+            above = middle
+    if above < len(numbers):  # up to the limit itself, which may be the number of positions
+        numbers.insert(above, _prime(numbers[above] - 2, -1) - 1)
+        below = above
+    for number in reversed(numbers[max(0, below - 1) : below + 1]):
+        length = _prime(number + 1, 1)
+        if length > now and _runs(model, feed, length):
+            yield example_inputs(model, length=length)
+
+
+def numbers_of(model: nn.Module) -> set[int]:
+    """The whole numbers of a model's config and of its modules' plain attributes, in lists and tuples too."""
+    config: Any = getattr(model, "config", None)
+    stack: list[Any] = [config.to_dict()] if hasattr(config, "to_dict") else []
+    stack += [value for m in model.modules() for name, value in vars(m).items() if not name.startswith("_")]
+    found: set[int] = set()
+    while stack:
+        value = stack.pop()
+        if type(value) is int:
+            found.add(value)
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, list | tuple):
+            stack.extend(value)
+    return found
+
+
+def _runs(model: nn.Module, feed: Inputs, length: int) -> bool:
+    """Whether ``model`` takes such inputs of this length, which is one that they can have."""
+    try:
+        made = example_inputs(model, length=length)
+        like = made.keys() == feed.keys() and _shape(made) != _shape(feed)
+        if not like or any(v.numel() > _LARGEST for v in made.values()):
+            return False
+        with evaluation(model), torch.no_grad():
+            _fake_run(model, made)
+    except Exception:  # too long for its positions, in the model's own words
+        return False
+    return True
+
+
+def _fake_run(model: nn.Module, feed: Inputs) -> None:
+    """Run ``model`` on shapes alone, as torch.export does; what it keeps and writes is not touched."""
+    silent = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # a run that fails is an answer
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context():
+            memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
+            fake = copy.deepcopy(model, memo)
+            run(fake, {name: mode.from_tensor(value) for name, value in feed.items()})
+    finally:
+        logging.disable(silent)
+
+
+def _in_double(model: nn.Module, draw: bool) -> nn.Module:
+    """A copy of ``model`` in double precision; with ``draw``, over weights of the size that trained ones have."""
+    generator = torch.Generator().manual_seed(0)
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_floating_point() or id(tensor) in memo:
+            continue
+        made = tensor.detach().double()
+        if draw and isinstance(tensor, nn.Parameter):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            made = noise * (tensor[0].numel() ** -0.5) if tensor.dim() > 1 and tensor.numel() else made + 0.1 * noise
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return copy.deepcopy(model, memo).double()
+
+
+def _shape(feed: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return tuple(next(iter(feed.values())).shape) if feed else ()
+
+
+def _told(feed: Mapping[str, Tensor]) -> str:
+    return " x ".join(map(str, _shape(feed)))
+
+
+def _prime(number: int, step: int) -> int:
+    """The nearest prime at ``number`` or further by ``step``."""
+    while number > 2 and any(number % d == 0 for d in range(2, int(number**0.5) + 1)):
+        number += step
+    return number
