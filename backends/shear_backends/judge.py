@@ -229,7 +229,7 @@ def _runs(model: nn.Module, feed: Inputs, length: int) -> bool:
     """Whether ``model`` takes such inputs of this length, which is one that they can have."""
     try:
         made = example_inputs(model, length=length)
-        like = made.keys() == feed.keys() and _shape(made) != _shape(feed)
+        like = made.keys() == feed.keys() and length in _shape(made)
         if not like or any(v.numel() > _LARGEST for v in made.values()):
             return False
         with evaluation(model), torch.no_grad():

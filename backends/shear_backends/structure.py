@@ -35,6 +35,7 @@ _PLACES = {"device", "layout", "pin_memory", "memory_format", "non_blocking", "c
 """Arguments that say where a tensor lies and nothing of its values."""
 _DIGITS = 12
 """Of floats that came about in two ways (``8**-0.5``, ``1 / sqrt(8)``)."""
+_DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout"}
 _DIM = {"split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"}
 
 
@@ -123,6 +124,8 @@ class _Writer:
         if same is not None:
             self.names[node] = self.names[same]
             return
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not self._settled(node):
+            self.unknown = self.unknown or f"{node.target} draws random numbers"
         types = self.program.types.get(node.name, ())
         self.names[node] = ("%", len(self.lines))
         self.lines.append((*self._form(node, types), types))
@@ -137,8 +140,13 @@ class _Writer:
             return None
         copied = name in _COPIES or name in _RESHAPES or name == "expand"
         whole = name == "slice" and self._bounds(node, its)[1:] == (0, its.shape[self._bounds(node, its)[0]], 1)
-        idle = name in ("dropout", "feature_dropout", "alpha_dropout") and _argument(node, "train", 2) is False
+        idle = name in _DROPOUTS and (_argument(node, "train", 2) is False or _argument(node, "p", 1) == 0)
         return source if copied or whole or idle else None
+
+    def _settled(self, node: fx.Node) -> bool:
+        """Whether a call that may draw random numbers, as attention does for its dropout, draws none."""
+        attention = _name(node) == "scaled_dot_product_attention"
+        return attention and _argument(node, "dropout_p", 4, 0.0) == 0
 
     def _form(self, node: fx.Node, types: tuple[TensorType, ...]) -> Line:
         name = _name(node)
@@ -230,7 +238,9 @@ def _literals(values: tuple[Any, ...]) -> Iterator[str]:
     for value in values:
         if isinstance(value, tuple) and value and value[0] == "@":
             yield f"@{value[1]}"
-        elif isinstance(value, tuple) and value and value[0] in ("%", "part", "input", "constant"):
+        elif isinstance(value, tuple) and value and value[0] == "constant":
+            yield f"constant {value[-1][:8]}"
+        elif isinstance(value, tuple) and value and value[0] in ("%", "part", "input"):
             yield str(value[1]) if value[0] == "input" else "%"
         elif isinstance(value, tuple):
             inner = list(_literals(value))
