@@ -104,8 +104,8 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
                 return _smallest(model, replace(recipe, fits=needed(fitted, fits)), agrees)
     judge.require_trace()
     raise ShearingError(
-        f"no setting of {type(model).__name__}'s module attributes computes the sheared function"
-        f"{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
+        f"no setting of {type(model).__name__}'s module attributes computes the sheared function, without "
+        f"{_gone(plan)}{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
     )
 
 
@@ -116,6 +116,12 @@ def _smallest(model: nn.Module, recipe: Recipe, agrees: Callable[[Recipe], bool]
         if agrees(less):
             recipe = less
     return recipe
+
+
+def _gone(plan: Plan) -> str:
+    """What the plan cuts, in words; of each kind one group."""
+    first = {cut.kind: cut for cut in reversed(plan.cuts)}
+    return ", ".join(f"{len(cut.removed)} of {cut.size} {kind} units of {cut.group}" for kind, cut in first.items())
 
 
 def _recipes(

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import shear_ir as sir
 from shear_backends.fits import Fit, install_fits
+from shear_ir.errors import ShearingError
 from tests.roads import outputs, same, trace
 from tests.zoo import randomised
 
@@ -172,3 +174,38 @@ def test_a_size_left_open_is_mended_only_in_what_was_cut() -> None:
     assert model(torch.zeros(4, 8), (-1, 2, 8)).shape == (2, 2, 8)
     with pytest.raises(RuntimeError, match="invalid"):
         model(torch.zeros(3, 6), (-1, 2, 8))
+
+
+_LLAMA = {
+    "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 16, "vocab_size": 97, "max_position_embeddings": 64, "bos_token_id": 0,
+    "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [("head_dim",), ("rotary_pair",), ("head_dim", "rotary_pair")], ids="+".join)
+def test_keys_and_values_of_one_head_dim_get_unlike_widths(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    model = randomised(LlamaForCausalLM(LlamaConfig(**_LLAMA)))
+    plan = sir.plan(sir.trace(model), ratio=0.08, kinds=kinds, importance="magnitude")
+    small = sir.shear(model, plan)
+    widths = {
+        name: small.get_submodule(f"model.layers.1.self_attn.{name}").out_features for name in ("k_proj", "v_proj")
+    }
+    assert widths["k_proj"] != widths["v_proj"]
+    assert sir.verify(model, small, plan).sound
+    ids = torch.randint(3, 97, (2, 9))
+    sir.save(small, tmp_path / "out")
+    read = sir.load(tmp_path / "out")
+    assert torch.equal(read(input_ids=ids).logits, small(input_ids=ids).logits)
+    told = [read.generate(ids, max_new_tokens=4, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*told)
+    again = sir.plan(sir.trace(read), ratio=0.05, kinds=kinds, importance="magnitude")
+    assert sir.verify(read, sir.shear(read, again), again).sound
+
+
+def test_a_width_that_forward_computes_is_refused_by_the_name_of_the_group() -> None:
+    config = {**_LLAMA, "hidden_size": 96}
+    model = randomised(Phi3ForCausalLM(Phi3Config(**{k: v for k, v in config.items() if k != "head_dim"})))
+    plan = sir.plan(sir.trace(model), ratio=0.08, kinds=("rotary_pair",), importance="magnitude")
+    with pytest.raises(ShearingError, match=r"without 2 of 8 rotary_pair units of r .*: use the graph backend"):
+        sir.shear(model, plan)
