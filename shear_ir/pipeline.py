@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import networkx as nx
+import torch
 from torch import Tensor, nn
 
 from shear_backends import store
@@ -20,13 +20,17 @@ from shear_backends.masked_blocks import block_cuts
 from shear_backends.module import require_exact, shear_module
 from shear_backends.project import Projected, project_adapter
 from shear_backends.store import Saved
-from shear_backends.verify import Report
+from shear_backends.verify import Report, evaluation, run
 from shear_backends.verify import verify as _verify
 from shear_ir.errors import PlanError
 from shear_ir.frontend.adapter_files import adapter_tensors, base_of
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.frontend.export import trace as _trace
+from shear_ir.frontend.feeds import alike, given_inputs, placed, remember
+from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.load import load_model
+from shear_ir.frontend.state import State
+from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -41,23 +45,26 @@ from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 from shear_passes.select.build import removed_by
 
-_models: weakref.WeakKeyDictionary[Program, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[Program, tuple[weakref.ref[nn.Module], State]] = weakref.WeakKeyDictionary()
 
 
 def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
     """Trace ``model`` (nn.Module, PreTrainedModel or PeftModel; the meta device will do) into a Program.
 
-    ``inputs``: forward arguments by name, made from the signature and config when None. ``dynamic``: keep batch and
+    ``inputs``: forward arguments by name, each a tensor or any nesting of them; made from the signature and config
+    when None. What is done with the model later uses them too, unless it is told otherwise. ``dynamic``: keep batch and
     length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
     """
     program = raise_lora(_trace(model, inputs, dynamic=dynamic))
     stands_for(program, model)
+    if inputs is not None:
+        remember(model, as_inputs(model, inputs))
     return program
 
 
 def stands_for(program: Program, model: nn.Module) -> None:
     """Let the weights of ``program`` be those of ``model``, which somebody else has to hold."""
-    _models[program] = weakref.ref(model)
+    _models[program] = weakref.ref(model), State.of(model)
 
 
 def analyses(program: Program) -> AnalysisManager:
@@ -107,20 +114,46 @@ def shear(
         raise PlanError(f"there is no backend '{backend}'; there are module and graph")
     if merge and (backend == "graph" or not has_adapters(model)):
         raise PlanError("there are no adapters to merge" if backend == "module" else "the graph backend merges nothing")
-    if backend == "module" and has_adapters(model):
-        adapted = _shear_adapted(model, plan, inputs)
+    given = given_inputs(model) if inputs is None else as_inputs(model, inputs)
+    with unchanged(model):
+        small = _sheared(model, plan, backend, given, merge)
+    if given is not None:
+        remember(small, given)
+    return small
+
+
+def _sheared(model: nn.Module, plan: Plan, backend: str, given: Inputs | None, merge: bool) -> nn.Module:
+    if backend == "graph":
+        found = groups(_program(model, given, dynamic=True))
+        return graph_module(shear_program(found, plan), _copies(model, found, plan))
+    if has_adapters(model):
+        adapted = _shear_adapted(model, plan, given)
         return merged(adapted) if merge else adapted
-    if backend == "module":
-        by_modules = shear_layers if block_cuts(plan.cuts) else shear_module
-        return by_modules(model, groups(_program(model, inputs)), plan, inputs)
-    found = groups(_program(model, inputs, dynamic=True))
-    return graph_module(shear_program(found, plan), _copies(model, found, plan))
+    program = _program(model, given)
+    _exchange(model, program)
+    by_modules = shear_layers if block_cuts(plan.cuts) else shear_module
+    return by_modules(model, groups(program), plan, _fed(program, model))
+
+
+def _exchange(model: nn.Module, program: Program) -> None:
+    """Let a model that exchanges modules of its own at its first inputs, as BigBird does at short ones, do so."""
+    classes = {path: f"{type(m).__module__}.{type(m).__qualname__}" for path, m in model.named_modules()}
+    if all(classes.get(path, made.type) == made.type for path, made in program.modules.items()):
+        return
+    with evaluation(model), torch.no_grad():
+        run(model, _fed(program, model) or example_inputs(model))
+
+
+def _fed(program: Program, model: nn.Module) -> Inputs | None:
+    """The inputs of ``program``, for ``model`` as it is now."""
+    return None if program.feed is None else placed(program.feed, model)
 
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
     """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
     here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
-    return _verify(model, small, here, inputs, seed=seed)
+    with unchanged(model, small):
+        return _verify(model, small, here, given_inputs(model) if inputs is None else inputs, seed=seed)
 
 
 def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program:
@@ -130,7 +163,7 @@ def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program
     """
     program = _program(model, inputs)
     if program.digest != plan.digest and has_adapters(model):
-        base = trace(plain_base(model), inputs)
+        base = trace(plain_base(model), given_inputs(model) if inputs is None else inputs)
         program = base if base.digest == plan.digest else program
     plan.require(program.digest)
     return program
@@ -138,7 +171,8 @@ def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program
 
 def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
     """Write a sheared model; ``Saved.stock`` says whether stock transformers loads it with identical outputs."""
-    return store.save(model, out, source=source, force=force)
+    with unchanged(model):
+        return store.save(model, out, source=source, force=force)
 
 
 def project(
@@ -203,19 +237,17 @@ def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
 
 def model_of(program: Program) -> nn.Module | None:
     """The model that ``program`` was traced from, while somebody holds it."""
-    reference = _models.get(program)
-    return None if reference is None else reference()
+    found = _models.get(program)
+    return None if found is None else found[0]()
 
 
 def _program(model: nn.Module, inputs: Any, dynamic: bool = False) -> Program:
-    """The program of ``model``: one that was traced before and still has the model's shapes, or a new one."""
-    if inputs is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items()}
-        for program, reference in list(_models.items()):
-            if reference() is model and program.dynamic == dynamic and _fits(program, shapes):
-                return program
+    """The program of ``model``: the last one that was traced of it as it is now, with these inputs, or a new one."""
+    wanted = given_inputs(model) if inputs is None else as_inputs(model, inputs)
+    now = State.of(model)
+    for program, (reference, then) in reversed(list(_models.items())):
+        if reference() is not model or program.dynamic != dynamic or then != now:
+            continue
+        if wanted is None or (program.feed is not None and alike(program.feed.values, wanted)):
+            return program
     return trace(model, inputs, dynamic=dynamic)
-
-
-def _fits(program: Program, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return all(shapes.get(p.name) == p.type.shape for p in program.params.values() if p.kind != "constant")

@@ -15,7 +15,8 @@ from shear_backends.latency import as_options, by_latency
 from shear_backends.stock import Answer, Counts, Fixed, Stock, classes, nearest
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.base import has_adapters
-from shear_ir.frontend.inputs import device_of, example_inputs
+from shear_ir.frontend.feeds import inputs_of
+from shear_ir.frontend.inputs import device_of
 from shear_ir.manager import AnalysisManager
 from shear_ir.pipeline import analyses, groups, model_of, shear, stands_for
 from shear_ir.plans import Costs, Plan
@@ -189,7 +190,7 @@ def _by_latency(
     model = model_of(program)
     if model is None or device_of(model).type == "meta":
         raise PlanError("a budget of latency is measured, and there are no weights to run: trace a model that has them")
-    feeds = [as_feed(model, batch) for batch in data[:MEASURED]] if data else [example_inputs(model)]
+    feeds = [as_feed(model, batch) for batch in data[:MEASURED]] if data else [inputs_of(model)]
     found = by_latency(ratio, lambda share: within(ratio=share), lambda each: shear(model, each), model, feeds)
     return as_options(found, ratio, feeds, bool(data), model)
 

@@ -6,9 +6,10 @@ A Program is never mutated: a rewrite returns a new one, so the old one is there
 from __future__ import annotations
 
 import hashlib
+import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 Shape = tuple[int, ...]
 TensorKind = Literal["parameter", "buffer", "constant"]
@@ -79,6 +81,17 @@ class ModuleInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Feed:
+    """The inputs of a trace: ``values`` by forward-argument name, any nesting of tensors, small and on the CPU.
+
+    ``dtype``: the floating-point type that the model had; inputs of that type follow the model into another.
+    """
+
+    values: Mapping[str, Any]
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """A traced model.
 
@@ -87,8 +100,9 @@ class Program:
     ``of_placeholder`` maps a placeholder to its Param. ``constants`` holds the small tensors the trace lifted.
     ``caches``: whether the model keeps keys and values per generated token. ``dynamic``: whether batch and length
     stayed symbolic, so that the graph runs at other sizes; ``fixed``: inputs by name with the dims that did not,
-    because the model's forward takes their size as a number. ``guard`` takes the inputs and raises ``AssertionError``
-    for sizes at which the model's forward would take another way than the one that was traced.
+    because the model's forward takes their size as a number. ``guards``: what forward asked of the sizes of its
+    inputs on the way that was traced, as in ``x.shape[1] <= 8``; it may take another where one does not hold. ``feed``:
+    the inputs that it was traced with.
     """
 
     graph: fx.Graph
@@ -100,8 +114,9 @@ class Program:
     caches: bool = False
     dynamic: bool = False
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    guard: Callable[..., object] | None = None
+    guards: tuple[str, ...] = ()
     owner: str = "model"
+    feed: Feed | None = None
 
     # The two methods that ask for what lies above this layer find it by name.
 
@@ -112,8 +127,19 @@ class Program:
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """Names of the placeholders that the user feeds."""
-        return tuple(n.name for n in self.nodes if n.op == "placeholder" and n.name not in self.of_placeholder)
+        """Names of the tensors that the user feeds, as forward calls them; a node may be called otherwise."""
+        return tuple(self.input_nodes)
+
+    @cached_property
+    def input_nodes(self) -> Mapping[str, fx.Node]:
+        """The placeholder of each tensor that the user feeds, by the name that forward gives it."""
+        fed = (n for n in self.nodes if n.op == "placeholder" and n.name not in self.of_placeholder)
+        return {str(n.target): n for n in fed}
+
+    @cached_property
+    def input_types(self) -> Mapping[str, TensorType]:
+        """The type of each tensor that the user feeds."""
+        return {name: self.types[node.name][0] for name, node in self.input_nodes.items()}
 
     @cached_property
     def placeholder_of(self) -> Mapping[str, fx.Node]:
@@ -155,6 +181,12 @@ class Program:
 
     def __str__(self) -> str:
         return str(import_module("shear_ir.printer").plain(self))
+
+
+def holds(guard: str, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether inputs by name are as a guard of a Program says."""
+    names = {**SYMPY_INTERP, "math": math, "inf": math.inf}
+    return bool(eval(guard, names, dict(inputs)))  # written by torch.export, out of sizes alone
 
 
 def module_path(node: fx.Node) -> str:

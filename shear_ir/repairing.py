@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from shear_backends.graph import tensors_of
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters
-from shear_ir.frontend.inputs import as_inputs, example_inputs
+from shear_ir.frontend.feeds import inputs_of
+from shear_ir.frontend.unchanged import copied
 from shear_ir.pipeline import analyses, groups, planned_program, trace
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -99,7 +99,7 @@ def rotate(
         raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there is nothing to rotate")
     types = {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
     if types:  # turned and compared in fp32, and rounded once, at the end
-        halved = rotate(copy.deepcopy(model).float(), what, data=data, inputs=inputs, progress=progress)
+        halved = rotate(copied(model).float(), what, data=data, inputs=inputs, progress=progress)
         for name, tensor in tensors_of(halved).items():
             tensor.data = tensor.data.to(types.get(name, tensor.dtype))
         return halved
@@ -135,7 +135,7 @@ def _weights(model: nn.Module, found: Groups) -> dict[str, Tensor]:
 
 def _checked(model: nn.Module, rotated: nn.Module, inputs: Any) -> nn.Module:
     """``rotated``, which has to compute what ``model`` does; raises ``PlanError`` where it does not."""
-    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
+    feed = inputs_of(model, inputs)
     with evaluation(model), evaluation(rotated), torch.no_grad():
         expected = run(model, feed)
         gap = difference(expected, run(rotated, feed))
@@ -161,5 +161,4 @@ def _with(model: nn.Module, changed: Mapping[str, Tensor]) -> nn.Module:
     """A copy of ``model`` with the ``changed`` tensors in the place of its own."""
     own = tensors_of(model)
     new = {id(own[n]): nn.Parameter(t, requires_grad=own[n].requires_grad) for n, t in changed.items()}
-    made: nn.Module = copy.deepcopy(model, dict(new))
-    return made
+    return copied(model, new)

@@ -17,6 +17,7 @@ from shear_backends.module import Recipe, build, cut_by_id, find_recipe, recorde
 from shear_backends.verify import TOLERANCE, difference, evaluation, run, verify
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.base import BaseView, base_view, has_adapters, root_path
+from shear_ir.frontend.feeds import inputs_of, with_tensors
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.plans import Kept, Plan
 from shear_passes.analysis.cost import CostModel
@@ -115,7 +116,7 @@ def merged(model: nn.Module) -> nn.Module:
     Raises ``ShearingError`` for adapters that cannot be merged or when the merged model computes something else.
     """
     require_lora(model)
-    feed = None if any(t.is_meta for t in tensors_of(model).values()) else example_inputs(model)
+    feed = None if any(t.is_meta for t in tensors_of(model).values()) else inputs_of(model)
     kinds = {own: tensors_of(model)[name].dtype for own, (name, *_) in base_view(model).tensors.items()}
     for param in model.parameters():
         param.data = param.data.float() if param.dtype in (torch.float16, torch.bfloat16) else param.data
@@ -183,6 +184,6 @@ def _untie(model: nn.Module) -> None:
 def _predicted(model: nn.Module, feed: Inputs | None) -> tuple[torch.Tensor, ...]:
     if feed is None:
         return ()
-    feed = {name: value.float() if value.is_floating_point() else value for name, value in feed.items()}
+    feed = with_tensors(feed, lambda t: t.float() if t.is_floating_point() else t)
     with evaluation(model), torch.no_grad():
         return run(model, feed)

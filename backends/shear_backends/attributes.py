@@ -20,6 +20,7 @@ from torch import fx, nn
 from shear_backends.verify import evaluation, run
 from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, product, resolve
 from shear_ir.frontend.inputs import Inputs
+from shear_ir.frontend.unchanged import copied
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
 
@@ -170,7 +171,7 @@ def _choices(model: nn.Module, sites: _Sites, reads: Mapping[str, Mapping[str, i
 
 def _config_reads(model: nn.Module, feed: Inputs) -> dict[str, dict[str, int]]:
     """The numbers each module's forward takes from its config (``config.num_attention_heads``), found by running it."""
-    watched = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    watched = copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     found: dict[str, dict[str, int]] = {}
     for path, module in watched.named_modules():
         if hasattr(getattr(module, "config", None), "to_dict"):

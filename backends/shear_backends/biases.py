@@ -11,6 +11,7 @@ from torch import nn
 
 from shear_backends.config_builds import built_shapes
 from shear_ir.errors import PlanError
+from shear_ir.frontend.unchanged import copied
 
 
 def with_biases(model: nn.Module, weights: Collection[str]) -> nn.Module:
@@ -35,7 +36,7 @@ def with_biases(model: nn.Module, weights: Collection[str]) -> nn.Module:
         raise PlanError(
             f"the config of {type(model).__name__} has no switch that gives {missing[0].removesuffix('.bias')} a bias"
         )
-    made: Any = copy.deepcopy(model)
+    made: Any = copied(model)
     made.config = config
     for name, shape in added.items():
         owner, _, leaf = name.rpartition(".")

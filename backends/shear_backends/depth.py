@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from shear_backends.module import Recipe, build, cut_by_id, find_recipe, recorde
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan, renumbered
 from shear_ir.program import Program
@@ -55,7 +55,7 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
 def without_layers(model: nn.Module, plan: Plan) -> tuple[nn.Module, bool]:
     """A copy of ``model`` without the layers, over the same tensors; whether its own config builds it."""
     staying(model, plan.gone)
-    dropped = copy.deepcopy(model, {id(t): t for t in tensors_of(model).values()})
+    dropped = copied(model, {id(t): t for t in tensors_of(model).values()})
     return dropped, drop_layers(dropped, plan.gone, model)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from shear_ir.axes import Axis, Dim, Mask, atoms, mask, resolve
 from shear_ir.errors import ShearingError
+from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
@@ -121,6 +122,7 @@ def _outermost(reader: fx.Node, maker: str) -> str | None:
 def _values(groups: Groups, wanted: set[fx.Node], feed: Inputs) -> dict[fx.Node, Tensor]:
     """The values of parameter-free nodes for ``feed``, run alone."""
     program = groups.program
+    given = tensors_in(feed)
     found: dict[fx.Node, Any] = {}
     stack = list(wanted)
     needed: set[fx.Node] = set()
@@ -134,7 +136,7 @@ def _values(groups: Groups, wanted: set[fx.Node], feed: Inputs) -> dict[fx.Node,
             continue
         if node.op == "placeholder":
             name = program.of_placeholder.get(node.name)
-            found[node] = program.constants[name] if name is not None else feed[node.name]
+            found[node] = program.constants[name] if name is not None else given[str(node.target)]
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), found.__getitem__)
             found[node] = node.target(*args, **kwargs)  # type: ignore[operator]

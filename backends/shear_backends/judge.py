@@ -9,7 +9,6 @@ weights, and small ones would hide what differs.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
@@ -25,7 +24,9 @@ from shear_backends.structure import first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
+from shear_ir.frontend.feeds import tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, example_inputs
+from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -128,7 +129,7 @@ class Judge:
         for draw in (True, False):
             try:
                 dense = _in_double(self.model, draw)
-                feed = {n: v.double() if v.is_floating_point() else v for n, v in self.feed.items()}
+                feed = with_tensors(self.feed, lambda t: t.double() if t.is_floating_point() else t)
                 there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
                 expected = self._expected(dense, there, feed)
                 with evaluation(dense), torch.no_grad():
@@ -190,7 +191,7 @@ def longer(model: nn.Module, feed: Inputs) -> Iterator[Inputs]:
 
     Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
     """
-    now = max((size for value in feed.values() for size in value.shape), default=0)
+    now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
     numbers = sorted(n for n in numbers_of(model) if now <= n <= _LONGEST)
     below, above = -1, len(numbers)
     while above - below > 1:  # what is too long stays so when it is longer
@@ -230,7 +231,7 @@ def _runs(model: nn.Module, feed: Inputs, length: int) -> bool:
     try:
         made = example_inputs(model, length=length)
         like = made.keys() == feed.keys() and length in _shape(made)
-        if not like or any(v.numel() > _LARGEST for v in made.values()):
+        if not like or any(v.numel() > _LARGEST for v in tensors_in(made).values()):
             return False
         with evaluation(model), torch.no_grad():
             _fake_run(model, made)
@@ -246,8 +247,8 @@ def _fake_run(model: nn.Module, feed: Inputs) -> None:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context():
             memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
-            fake = copy.deepcopy(model, memo)
-            run(fake, {name: mode.from_tensor(value) for name, value in feed.items()})
+            fake = copied(model, memo)
+            run(fake, with_tensors(feed, mode.from_tensor))
     finally:
         logging.disable(silent)
 
@@ -264,14 +265,14 @@ def _in_double(model: nn.Module, draw: bool) -> nn.Module:
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             made = noise * (tensor[0].numel() ** -0.5) if tensor.dim() > 1 and tensor.numel() else made + 0.1 * noise
         memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy.deepcopy(model, memo).double()
+    return copied(model, memo).double()
 
 
-def _shape(feed: Mapping[str, Tensor]) -> tuple[int, ...]:
-    return tuple(next(iter(feed.values())).shape) if feed else ()
+def _shape(feed: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(next(iter(tensors_in(feed).values())).shape) if feed else ()
 
 
-def _told(feed: Mapping[str, Tensor]) -> str:
+def _told(feed: Mapping[str, Any]) -> str:
     return " x ".join(map(str, _shape(feed)))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from shear_backends.verify import evaluation
 from shear_ir.errors import OutOfReach, PlanError, TooLittle
+from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs, device_of
 from shear_ir.plans import Plan
 from shear_passes.importance.calibration import call
@@ -95,7 +96,7 @@ def by_latency(
 
 def as_options(measured: Measured, ratio: float, feeds: Sequence[Inputs], from_data: bool, model: nn.Module) -> Plan:
     """The plan, which says what was asked for and what was measured where."""
-    shapes = [list(next(iter(feed.values())).shape) for feed in feeds]
+    shapes = [list(next(iter(tensors_in(feed).values())).shape) for feed in feeds]
     told: dict[str, Any] = {
         "dense_ms": round(1000 * measured.dense, 4), "sheared_ms": round(1000 * measured.sheared, 4),
         "gone": round(measured.gone, 4), "of_parameters": round(measured.share, 6), "inputs": shapes,

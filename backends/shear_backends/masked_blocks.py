@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.never_routed import routing
 from shear_ir.frontend.export import trace
+from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Cut
@@ -44,7 +45,7 @@ class MaskedBlocks:
 
     def __call__(self, feed: Inputs) -> tuple[Tensor, ...]:
         """What it predicts."""
-        sizes = tuple((name, tuple(value.shape), value.dtype) for name, value in feed.items())
+        sizes = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors_in(feed).items())
         if sizes not in self._graphs:
             self._graphs[sizes] = self._graph(feed)
         with routing(self.model):

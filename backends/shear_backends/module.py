@@ -25,6 +25,7 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
+from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import Plan
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
@@ -168,7 +169,7 @@ def with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tenso
 
 def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Sequence[str] = ()) -> nn.Module:
     """A copy of ``model`` over the tensors of ``cuts``, without the layers ``gone``, with what ``recipe`` sets."""
-    small = copy.deepcopy(model, dict(cuts))
+    small = copied(model, cuts)
     forget_kept(small)
     if gone:
         drop_layers(small, gone, model)

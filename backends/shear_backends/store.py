@@ -25,6 +25,7 @@ from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
 from shear_ir.frontend.base import has_adapters, plain_base
+from shear_ir.frontend.feeds import inputs_of
 from shear_ir.frontend.files import ADAPTER_CONFIG
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.load import load_model, quiet
@@ -201,7 +202,7 @@ def _stock(model: nn.Module, folder: Path, record: Record, adapted: nn.Module | 
         return False, f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
     again = again.to(next(model.parameters()).device)
     cast = _cast_alike(model, again)
-    feed = example_inputs(model)
+    feed = inputs_of(model)
     with evaluation(model), evaluation(again), torch.no_grad():
         gap = difference(run(model, feed), run(again, feed))
     return gap == 0.0, cast if gap == 0.0 else f"the reloaded model's outputs differ by {gap:.3g}"

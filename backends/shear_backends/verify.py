@@ -6,7 +6,6 @@ experts. An expert that is removed is never routed to: its scores are minus infi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, UnsoundError
 from shear_ir.frontend.adapters import find_adapters
 from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 from shear_ir.frontend.kept import forget_kept
+from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import Kept, Plan
 from shear_passes.rewrite.rescale_gains import gained, normed_dims
 
@@ -87,7 +88,7 @@ def verify(
             scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])
             if not worst <= tolerance * max(1.0, scale):
                 _refuse_chance(model, feed, dense, tolerance)
-    lengths = tuple(tuple(next(iter(f.values())).shape) for f in feeds)
+    lengths = tuple(tuple(next(iter(tensors_in(f).values())).shape) for f in feeds)
     return Report(worst, scale, tolerance, lengths, moved)
 
 
@@ -118,7 +119,7 @@ def masked(
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensors[name], kept[name]) if name in kept else tensors[name]
-    reference = copy.deepcopy(model, memo)
+    reference = copied(model, memo)
     forget_kept(reference)
     astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
     if astray is not None:
@@ -156,7 +157,7 @@ def _zeroed(name: str, tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
 def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
     """The tensors a model predicts with, caches off."""
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return tensors_of(model(**feed, **fixed))
+    return tensors_of(call(model, feed, **fixed))
 
 
 def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -215,5 +216,5 @@ def _feeds(model: nn.Module, inputs: Any, seed: int) -> list[Inputs]:
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:
     halves = (torch.bfloat16, torch.float16)
-    placed = {name: value.to(device_of(model)) for name, value in feed.items()}
-    return {name: value.float() if value.dtype in halves else value for name, value in placed.items()}
+    device = device_of(model)
+    return with_tensors(feed, lambda t: t.to(device, torch.float32 if t.dtype in halves else t.dtype))

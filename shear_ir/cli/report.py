@@ -33,7 +33,7 @@ class Pruned:
     def tokens(self) -> bool:
         """Whether the model reads tokens."""
         program = self.groups.program
-        return any(not t.dtype.is_floating_point for name in program.inputs for t in program.types[name])
+        return any(not t.dtype.is_floating_point for t in program.input_types.values())
 
     @property
     def warnings(self) -> list[str]:

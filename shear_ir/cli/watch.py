@@ -16,7 +16,7 @@ from shear_backends.graph import graph_module
 from shear_backends.verify import TOLERANCE, difference, evaluation, masked, run
 from shear_ir.cli import console
 from shear_ir.errors import UnsoundError
-from shear_ir.frontend.inputs import example_inputs
+from shear_ir.frontend.feeds import inputs_of
 from shear_ir.manager import AnalysisManager, Pass, Rewrite
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -79,7 +79,7 @@ class Watch:
 
     def _compare(self, step: Pass, program: Program, analyses: AnalysisManager) -> float:
         """The largest difference to the original model, masked by the cuts so far; raises ``UnsoundError``."""
-        feed = example_inputs(self.model)
+        feed = inputs_of(self.model)
         # Whatever the model's own code prints is no result.
         with evaluation(self.model), torch.no_grad(), redirect_stdout(sys.stderr):
             reference = self.model

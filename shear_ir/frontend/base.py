@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from shear_ir.frontend.unchanged import copied
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -50,7 +51,7 @@ def base_view(model: nn.Module) -> BaseView:
 def plain_base(model: nn.Module) -> nn.Module:
     """The base of ``model`` without adapters, of its own class; it shares every tensor with ``model``."""
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    base = copy.deepcopy(_root(model), memo)
+    base = copied(_root(model), memo)
     for path, _, module in list(_walk((("", base),), "")):
         parent, _, child = path.rpartition(".")
         if path and base.get_submodule(parent)._modules[child] is not module:

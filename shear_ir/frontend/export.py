@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_concrete_int
+from torch.utils import _pytree as pytree
 
 from shear_ir.errors import TraceError
-from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.feeds import call, inputs_of, kept, tensors_in
+from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
+from shear_ir.frontend.unchanged import unchanged
 from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
 
 _ROOT = "root"
@@ -33,28 +38,31 @@ _KINDS: dict[InputKind, TensorKind] = {
 def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
     """Trace ``model`` into a Program; the model is not changed and no weight is kept.
 
-    ``inputs``: forward arguments by name, or a tensor, or a sequence; made from the signature and config when None.
+    ``inputs``: forward arguments by name, or a tensor, or a sequence; when None, those that the model was last given,
+    or else made from the signature and config. An argument may be any nesting of lists, tuples and dicts of tensors.
     ``dynamic``: keep batch and length symbolic, so that the graph runs at other sizes (about twice the time).
     Raises ``TraceError`` naming the module in which tracing failed and what can be done.
     """
-    feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
+    feed = inputs_of(model, inputs)
     with _quiet(model):
-        exported = _export(model, feed, dynamic)
-    return _program(model, exported, feed, dynamic)
+        return _program(model, _export(model, feed, dynamic), feed, dynamic)
 
 
 class _Logits(nn.Module):
-    """Calls the model with named tensors and returns its tensors, without caches and without output classes."""
+    """Calls the model with the tensors of a feed and returns its tensors, without caches and output classes."""
 
-    def __init__(self, root: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, root: nn.Module, feed: Inputs) -> None:
         super().__init__()
         self.root = root
-        self.names = names
+        leaves, self.structure = pytree.tree_flatten(feed)
+        self.others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
         config = getattr(root, "config", None)
         self.fixed: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
 
     def forward(self, *args: Tensor) -> Any:
-        return tensors_of(self.root(**dict(zip(self.names, args, strict=True)), **self.fixed))
+        given = iter(args)
+        leaves = [next(given) if other is None else other[0] for other in self.others]
+        return tensors_of(call(self.root, pytree.tree_unflatten(leaves, self.structure), **self.fixed))
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
@@ -74,11 +82,11 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
     """By the first way that works: as the model stands, with transformers' patches, with modules not looked into."""
-    wrapper = _Logits(model, tuple(feed))
-    shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in feed.values())} if dynamic else None
+    wrapper, given = _Logits(model, feed), tuple(tensors_in(feed).values())
+    shapes = {"args": tuple({d: Dim.AUTO for d in range(min(v.dim(), 2))} for v in given)} if dynamic else None
 
     def attempt() -> ExportedProgram:
-        return _settled(_unbatched(export(wrapper, tuple(feed.values()), dynamic_shapes=shapes, strict=False)))
+        return _settled(_unbatched(export(wrapper, given, dynamic_shapes=shapes, strict=False)))
 
     failure: Exception
     for patches in (contextlib.nullcontext, _transformers_patches):
@@ -93,7 +101,7 @@ def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
         opaque = Opaque(model, hidden)
         try:
             with opaque.seen(), torch.no_grad():
-                wrapper(*feed.values())
+                wrapper(*given)
             with _transformers_patches(), opaque.hidden():
                 return attempt()
         except Exception as raised:
@@ -180,21 +188,20 @@ def _failing_modules(model: nn.Module, failure: Exception) -> list[tuple[str, nn
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Trace in evaluation mode, without torch's warnings for correct models and its log of what ``TraceError`` says."""
-    training = {module: module.training for module in model.modules()}
+    """Trace in evaluation mode, without torch's warnings for correct models and its log of what ``TraceError`` says.
+
+    What forward writes to attributes and buffers, which would be tensors of the trace, is put back.
+    """
     silent = logging.root.manager.disable
-    forget_kept(model)
     try:
-        model.eval()
-        logging.disable(max(silent, logging.ERROR))
-        with warnings.catch_warnings():
+        with unchanged(model), warnings.catch_warnings():
+            forget_kept(model)
+            model.eval()
+            logging.disable(max(silent, logging.ERROR))
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(silent)
-        for module, mode in training.items():
-            module.training = mode
-        forget_kept(model)
 
 
 @contextlib.contextmanager
@@ -212,7 +219,7 @@ def _transformers_patches() -> Iterator[None]:
 
 
 def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic: bool) -> Program:
-    names = _canonical_names(model)
+    names, names_fed = _canonical_names(model), tuple(tensors_in(feed))
     signature = exported.graph_signature
     placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
     copier = GraphCopier(exported.graph_module, strip=_ROOT)
@@ -222,8 +229,8 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
     placeholders_of: dict[str, fx.Node] = {}
     # Before anything asks for a size as a number, which settles it for good.
     fed = [n for n, spec in zip(placeholders, signature.input_specs, strict=True) if spec.kind not in _KINDS]
-    fixed = {name: _fixed_dims(node) for name, node in zip(feed, fed, strict=True)}
-    feeds = iter(feed)
+    fixed = {name: _fixed_dims(node) for name, node in zip(names_fed, fed, strict=True)}
+    feeds = iter(names_fed)
     for node, spec in zip(placeholders, signature.input_specs, strict=True):
         kind = _KINDS.get(spec.kind)
         if kind is None:
@@ -255,10 +262,19 @@ def _program(model: nn.Module, exported: ExportedProgram, feed: Inputs, dynamic:
         caches=bool(getattr(config, "use_cache", False)),
         dynamic=dynamic,
         fixed=fixed,
-        # What torch's own module for the program asks of its inputs before it runs.
-        guard=getattr(exported.module(), "_guards_fn", None) if dynamic else None,
+        guards=_guards(exported, names_fed) if dynamic else (),
         owner=type(model).__name__,
+        feed=kept(model, feed),
     )
+
+
+def _guards(exported: ExportedProgram, names: Sequence[str]) -> tuple[str, ...]:
+    """What torch's own module for the program asks of its inputs before it runs, by the names that they have here."""
+    found: list[str] = []
+    for code in exported._guards_code:
+        named = re.sub(r"L\['args'\]\[(\d+)\]", lambda m: names[int(m[1])], code.replace("\n", " "))
+        found.append(ast.unparse(ast.parse(re.sub(r"\.size\(\)\[(\d+)\]", r".shape[\1]", named), mode="eval")))
+    return tuple(found)
 
 
 def _fixed_dims(node: fx.Node) -> tuple[int, ...]:

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shear_ir.errors import TraceError
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
+"""Arguments of forward by name: tensors, or any nesting of lists, tuples and dicts of them."""
 
+_PLAIN = (bool, int, float, str, type(None))
 _PRIMES = (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
 
 
@@ -42,18 +45,47 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def as_inputs(model: nn.Module, inputs: Any) -> Inputs:
-    """Inputs given as a mapping, a tensor or a sequence, as a mapping by forward-argument name."""
+    """Inputs given as a mapping, a tensor or a sequence, as a mapping by forward-argument name.
+
+    A value is a tensor, or any nesting of lists, tuples and dicts of tensors. Numbers and switches that forward takes
+    are part of the call. Raises ``TraceError`` for an argument that forward does not have.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())
     if isinstance(inputs, Mapping):
-        return {str(name): value for name, value in inputs.items() if isinstance(value, Tensor)}
+        return _by_name(model, {str(name): value for name, value in inputs.items()}, parameters)
     values = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    names = [
-        p.name
-        for p in inspect.signature(model.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    if len(values) > len(names) and rest is not None:
+        return {**dict(zip(names, values, strict=False)), rest: tuple(values[len(names) :])}
+    if len(values) > 1 and len(names) == 1:  # as many as one argument holds
+        return {names[0]: inputs}
     if len(values) > len(names):
         raise TraceError(f"{type(model).__name__}.forward takes {len(names)} inputs, but {len(values)} were given")
     return dict(zip(names, values, strict=False))
+
+
+def _by_name(model: nn.Module, given: Inputs, parameters: list[inspect.Parameter]) -> Inputs:
+    """``given`` in the order of the signature, without what neither holds a tensor nor is asked for."""
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    anything = any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    for name, value in given.items():
+        if name not in known and not anything and _has_tensors(value):
+            raise TraceError(
+                f"{type(model).__name__}.forward has no argument {name}; it has {', '.join(known) or 'none'}"
+            )
+    ordered = [*(name for name in known if name in given), *(name for name in given if name not in known)]
+    return {
+        name: given[name] for name in ordered if _has_tensors(given[name]) or (name in known and _plain(given[name]))
+    }
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+def _plain(value: Any) -> bool:
+    return all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value))
 
 
 def _free_sizes(model: nn.Module, batch: int | None, length: int | None) -> tuple[int, int]:
@@ -83,7 +115,7 @@ def _transformers_inputs(model: nn.Module, config: Any, batch: int, length: int,
         main = "pixel_values"
     made: Inputs = {}
     if main == "pixel_values":
-        made[main] = _pixels(config, batch, generator, _float_dtype(model))
+        made[main] = _pixels(config, batch, generator, float_dtype(model))
     else:
         vocab = int(getattr(text, "vocab_size", None) or _embedding_rows(model))
         made[main] = torch.randint(0, vocab, (batch * _rows(model, config, main), length), generator=generator)
@@ -114,7 +146,8 @@ def _embedding_rows(model: nn.Module) -> int:
     return max(rows)
 
 
-def _float_dtype(model: nn.Module) -> torch.dtype:
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point type of the model's first parameter that has one."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -138,7 +171,7 @@ def _module_inputs(model: nn.Module, batch: int, length: int, generator: torch.G
             f"the inputs of {type(model).__name__}.forward cannot be guessed from its signature: "
             "pass inputs={name: tensor} to trace"
         )
-    dtype = _float_dtype(model)
+    dtype = float_dtype(model)
     if isinstance(first, nn.Embedding):
         value = torch.randint(0, first.num_embeddings, (batch, length), generator=generator)
     elif isinstance(first, nn.Linear):

@@ -7,7 +7,6 @@ stays prunable. The module itself is kept without weights: the call gets them as
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from shear_ir.errors import TraceError
+from shear_ir.frontend.unchanged import copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +211,6 @@ def _without_weights(module: nn.Module) -> nn.Module:
     for tensor in _weights(module).values():
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    bare = copy.deepcopy(module, memo)
+    bare = copied(module, memo)
     vars(bare).pop("forward", None)
     return bare

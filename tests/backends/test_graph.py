@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
+from tests.roads import traced
 
 
 class Scan(nn.Module):
@@ -63,3 +68,44 @@ def test_a_length_at_which_forward_takes_another_way_is_refused_and_not_computed
     assert graph(torch.randn(2, 5, 12))[0].shape == (2, 5, 9)
     with pytest.raises(sir.ShearingError, match=r"at these sizes \(x \(2, 11, 12\)\) the model takes another way"):
         graph(torch.randn(2, 11, 12))
+
+
+def reloaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    found = torch.load(file, weights_only=False)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, reloaded])
+def test_a_copy_of_a_graph_asks_the_same_of_its_inputs(again: Callable[[nn.Module], nn.Module]) -> None:
+    model = Longer().eval()
+    plan = sir.plan(sir.trace(model, torch.randn(3, 7, 12)), ratio=0.2, kinds=("ffn",))
+    graph = sir.shear(model, plan, backend="graph").eval()
+    made, x = again(graph), torch.randn(2, 5, 12)
+    assert made.training == graph.training
+    assert torch.equal(made(x)[0], graph(x)[0])
+    assert torch.equal(made(x=x)[0], graph(x)[0])
+    assert not {p.data_ptr() for p in made.parameters()} & {p.data_ptr() for p in graph.parameters()}
+    with pytest.raises(
+        sir.ShearingError, match=r"another way than the one that was traced, for which x.shape\[1\] <= 8"
+    ):
+        made(torch.randn(2, 11, 12))
+    twice = copy.deepcopy(made)
+    with pytest.raises(sir.ShearingError, match="another way"):
+        twice(torch.randn(2, 11, 12))
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, reloaded])
+@pytest.mark.parametrize("name", ["llama_gqa", "mixtral", "t5"])
+def test_a_copy_of_a_graph_is_the_same_function(name: str, again: Callable[[nn.Module], nn.Module]) -> None:
+    family = traced(name)
+    plan = sir.plan(family.program, ratio=0.2, importance="order")
+    graph = family.sheared_graph(plan)
+    with torch.no_grad():
+        assert torch.equal(again(graph)(**family.feed)[0], graph(**family.feed)[0])
+    assert [(n, p.requires_grad) for n, p in again(graph).named_parameters()] == [
+        (n, p.requires_grad) for n, p in graph.named_parameters()
+    ]

@@ -97,9 +97,8 @@ class CostModel:
 
     def _samples(self) -> int:
         """Tokens in the traced input, or samples where the input is not tokens."""
-        for name in self.program.inputs:
-            shape = self.program.types[name][0].shape
-            return math.prod(shape) if not self.program.types[name][0].dtype.is_floating_point else shape[0]
+        for kind in self.program.input_types.values():
+            return math.prod(kind.shape) if not kind.dtype.is_floating_point else (*kind.shape, 1)[0]
         return 1
 
     def _kv_bytes(self, size: Size, gone: Gone) -> int:

@@ -87,7 +87,7 @@ def _atoms(dims: Iterable[Dim]) -> set[Axis]:
 
 def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
     found: set[Axis] = set()
-    tokens = any(not program.types[name][0].dtype.is_floating_point for name in program.inputs)
+    tokens = any(not t.dtype.is_floating_point for t in program.input_types.values())
     for node in program.calls():
         if op_name(node) in ("aten.embedding", "lora.embedding"):
             table, rows = node.args[:2]

@@ -27,7 +27,7 @@ def chosen(wanted: Wanted | None, program: Program, data: Any, seed: int = 0) ->
     """
     if wanted is None:
         wanted = default(data)
-        tokens = any(not t.dtype.is_floating_point for name in program.inputs for t in program.types[name])
+        tokens = any(not t.dtype.is_floating_point for t in program.input_types.values())
         if data is None and tokens:
             warnings.warn(blind_costs(wanted), UserWarning, stacklevel=3)
     return criterion(wanted, seed) if isinstance(wanted, str) else as_criterion(wanted)
