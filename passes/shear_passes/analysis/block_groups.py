@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 from torch import fx
@@ -246,6 +247,7 @@ def _last(path: str) -> str:
 
 
 def _common(paths: Sequence[str]) -> str:
+    """The path of the smallest module that holds all of ``paths``."""
     split = [path.split(".") for path in paths]
-    shared = [parts[0] for parts in zip(*split, strict=False) if len(set(parts)) == 1]
-    return ".".join(shared)
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+    return ".".join(parts[0] for parts in shared)

@@ -273,9 +273,9 @@ class Inference:
 
 
 def _stacked(dims: Dims) -> list[Axis]:
-    """The atom that counts matrices in a parameter of three dims; none in any other."""
+    """The atom that counts the matrices, or kernels, in a parameter of three dims or more; none in any other."""
     large = [resolve(dim) for dim in dims if dim.size > 1]
-    return [large[0]] if len(large) == 3 and isinstance(large[0], Axis) else []
+    return [large[0]] if len(large) > 2 and isinstance(large[0], Axis) else []
 
 
 class _Solution:

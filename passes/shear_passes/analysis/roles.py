@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from torch import fx
@@ -79,6 +79,10 @@ def _innermost(heads: set[Axis], slices: Mapping[Axis, Sequence[_Slice]]) -> set
             nested = [f for f in dim.factors if isinstance(f, Axis) and f in heads] if isinstance(dim, Product) else []
             outer.update(nested[:-1])
     return heads - outer
+
+
+_NEAR = 64
+"""Calls between a projection and the product that reads it, with some to spare."""
 
 
 def _atoms(dims: Iterable[Dim]) -> set[Axis]:
@@ -201,6 +205,7 @@ class _Attention:
         self._shared([*scores, *mixes], mixes, zeros)
         for made in mixes:
             self._mix(made, zeros)
+        self._normed(axes, mixes)
 
     def _score(self, made: Contraction, zeros: Zeros) -> None:
         self.head_dims |= _atoms(made.over)
@@ -218,11 +223,45 @@ class _Attention:
         valued = {a for made in mixes for a in zeros.of_node.get(made.operands[-1].node.name, frozenset())}
         self.kv_heads |= (shared & valued) - self.query_groups
 
+    def _normed(self, axes: Axes, products: Sequence[Contraction]) -> None:
+        """Heads and features of queries, keys and values of which a norm hid all zeros from us, as in pooled attention.
+
+        What a projection has in its rows is a head where both factors share it, a feature where one product sums over
+        it, and a feature of the values where the product with them, which sums over positions, leaves it.
+        """
+        makers = {c.node: o for c in axes.contractions if len(c.operands) == 2 for o in c.operands
+                  if _is_weight(axes, c, o)}  # fmt: skip
+        for made in products:
+            if len(made.operands) != 2:
+                continue
+            left, right = ({*_rows(axes, makers, o.node)} for o in made.operands)
+            over = _atoms(made.over)
+            shared = _atoms(made.operands[0].free) & _atoms(made.operands[1].free) & left & right - over
+            if not shared or shared & (self.query_groups | self.head_dims):
+                continue
+            self.kv_heads |= shared
+            features = over & left & right or (_atoms(made.operands[1].free) & right - over)
+            self.head_dims |= features - self.kv_heads - self.query_groups
+
     def _mix(self, made: Contraction, zeros: Zeros) -> None:
         heads = self.kv_heads | self.query_groups
         for operand in made.operands:
             live = _atoms(operand.free) & zeros.of_node.get(operand.node.name, frozenset())
             self.head_dims |= live - heads
+
+
+def _rows(axes: Axes, makers: Mapping[fx.Node, Operand], node: fx.Node) -> Iterator[Axis]:
+    """What the projections behind a value have in their rows; convolutions of what they made are passed."""
+    stack, seen = [node], {node}
+    while stack and len(seen) < _NEAR:
+        current = stack.pop()
+        if current in makers:
+            yield from _atoms(makers[current].free)
+            if not op_name(current).startswith("aten.conv"):
+                continue
+        sources = [n for n in current.all_input_nodes if n in axes.from_inputs and n not in seen]
+        seen.update(sources)
+        stack += sources
 
 
 def _paired(atom: Axis, owned: Sequence[_Slice]) -> bool:
@@ -254,6 +293,7 @@ def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
     made: set[Axis] = set()
     read: set[Axis] = set()
     convolved: set[Axis] = set()
+    kernels: set[Axis] = set()
     for contraction in axes.contractions:
         for operand in contraction.operands:
             if not _is_weight(axes, contraction, operand) or op_name(contraction.node) in _CHOICES:
@@ -264,4 +304,5 @@ def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
             if op_name(contraction.node).startswith(("aten.conv", "lora.conv")):
                 # Channels only: the later dims of the weight are kernel positions.
                 convolved |= _atoms(axes.dims(operand.node)[:2])
-    return made, read, convolved
+                kernels |= _atoms(axes.dims(operand.node)[2:])
+    return made - kernels, read, convolved

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from shear_ir.axes import Dim, Dims, axis, product
 from shear_passes.rules.pointwise import broadcast
@@ -24,9 +25,13 @@ _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.
 @rule(*_CONV)
 def conv(
     site: Site, x: Dims, weight: Dims, bias: Dims | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    dilation: Any = 1, groups: Any = 1,
 ) -> Dims:  # fmt: skip
-    """``y[n, g*o] = sum_i x[n, g*i] * w[g*o, i]`` at every position; depthwise: as many groups as channels."""
+    """``y[n, g*o] = sum_i x[n, g*i] * w[g*o, i]`` at every position; depthwise: as many groups as channels.
+
+    A number of groups that forward takes from its input, as one for each sample, is told by the channels.
+    """
+    groups = x[-len(weight) + 1].size // weight[1].size
     group = axis(groups)
     site.equate(x[-len(weight) + 1], product((group, weight[1])))
     site.equate(weight[0], product((group, axis(weight[0].size // groups))))
@@ -36,9 +41,10 @@ def conv(
 @rule(*_TRANSPOSED)
 def conv_transpose(
     site: Site, x: Dims, weight: Dims, bias: Dims | None = None, stride: Any = 1, padding: Any = 0,
-    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+    output_padding: Any = 0, groups: Any = 1, dilation: Any = 1,
 ) -> Dims:  # fmt: skip
     """``y[n, g*o] = sum_i x[n, g*i] * w[g*i, o]`` at every position."""
+    groups = site.shape[-len(weight) + 1] // weight[1].size
     group, inner = axis(groups), axis(weight[0].size // groups)
     site.equate(x[-len(weight) + 1], weight[0])
     site.equate(weight[0], product((group, inner)))
@@ -48,7 +54,7 @@ def conv_transpose(
 @rule(aten.convolution.default)
 def convolution(
     site: Site, x: Dims, weight: Dims, bias: Dims | None, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int,
+    transposed: bool, output_padding: Any, groups: Any,
 ) -> Dims:  # fmt: skip
     """The general form of the above."""
     if transposed:
@@ -80,12 +86,11 @@ def resize_conv(change: Change) -> None:
         return
     weight, x = change.dims(1), change.dims(0)
     transposed = change.node.target in _TRANSPOSED or (general and change.node.args[6])
-    channels = x[-len(weight) + 1]
-    if transposed:
-        groups = change.size(change.out[-len(weight) + 1]) // change.size(weight[1])
-    else:
-        groups = change.size(channels) // change.size(weight[1])
-    change.set(place if len(change.node.args) > place else "groups", groups)
+    whole = change.out[-len(weight) + 1] if transposed else x[-len(weight) + 1]
+    before, after = whole.size // weight[1].size, change.size(whole) // change.size(weight[1])
+    if before != after:
+        groups = change.scaled(old, after, before) if isinstance(old, fx.Node) else after
+        change.set(place if len(change.node.args) > place else "groups", groups)
 
 
 @rule(

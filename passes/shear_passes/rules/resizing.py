@@ -63,14 +63,14 @@ class Change:
             if isinstance(size, int) and size != -1 and self.changed(dim):
                 sizes[at] = self.size(dim)
             elif isinstance(size, fx.Node) and self.changed(dim):
-                sizes[at] = self._scaled(size, dim)
+                sizes[at] = self.scaled(size, self.size(dim), dim.size)
         self.set(place, sizes)
 
-    def _scaled(self, size: fx.Node, dim: Dim) -> fx.Node:
+    def scaled(self, size: fx.Node, after: int, before: int) -> fx.Node:
         """A size computed from the input, such as batch x heads, with its constant factor after the cut."""
         with self.graph.inserting_before(self.node):
-            product = self.graph.call_function(operator.mul, (size, self.size(dim)))
-            return self.graph.call_function(operator.floordiv, (product, dim.size))
+            product = self.graph.call_function(operator.mul, (size, after))
+            return self.graph.call_function(operator.floordiv, (product, before))
 
     def call(self, target: Any, args: tuple[Any, ...]) -> None:
         """Replace the call by another one with the same results."""
