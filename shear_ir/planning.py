@@ -261,7 +261,8 @@ def _with_config(program: Program, manager: AnalysisManager, asked: SelectByRati
     if not plans:
         return replace(found, notes=(*found.notes, _not_stock(why, answers)))
     best, plan = min(plans, key=lambda pair: (_missed(asked, pair[1]), _imbalance(asked, pair[0].counts)))
-    return replace(plan, notes=(*plan.notes, _beside(best, classes(counts), why)))
+    missed = f"; {plan.ratio:.3g} of the parameters go then, not {asked.ratio:g}" if _missed(asked, plan) else ""
+    return replace(plan, notes=(*plan.notes, _beside(best, classes(counts), why) + missed))
 
 
 def _beside(answer: Answer, asked: Mapping[tuple[str, int], int], why: str) -> str:
@@ -282,10 +283,11 @@ def _not_stock(why: str, answers: Sequence[Answer]) -> str:
     return f"stock classes cannot load this ({why})" + (f"; they could with {near}" if near else "")
 
 
-def _missed(asked: SelectByRatio, plan: Plan) -> float:
+def _missed(asked: SelectByRatio, plan: Plan) -> int:
     """How far the plan is from the ratio, in percent."""
-    gone = 1.0 - getattr(plan.after, asked.budget) / max(1, getattr(plan.before, asked.budget))
-    return round(100 * abs(gone - asked.ratio))
+    before: int = getattr(plan.before, asked.budget)
+    after: int = getattr(plan.after, asked.budget)
+    return round(100 * abs(1.0 - after / max(1, before) - asked.ratio))
 
 
 def _steps(round_to: int | Mapping[str, int]) -> int | tuple[str, ...]:

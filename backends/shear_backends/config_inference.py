@@ -164,6 +164,8 @@ def _scale_eps(model: nn.Module, config: Any, norms: tuple[NormFix, ...]) -> boo
     if len(factors) != 1:
         return False
     eps, factor = factors.pop()
+    if eps is None:
+        return True
 
     def holds() -> bool:
         with torch.device("meta"):

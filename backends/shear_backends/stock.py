@@ -138,7 +138,9 @@ def nearest(stock: Stock, solve: Callable[[Fixed], Counts]) -> list[Answer]:
         blamed = [over for over in classes(counts) if over not in fixed]
         if not stock.has_fields(counts):
             # Kinds without which the rest has a config: it is they that no field can tell, or not in these numbers.
-            whole = {kind: {(g.kind, g.size): g.size for g in counts if g.kind == kind} for kind, _ in blamed}
+            whole: dict[str, dict[Class, int]] = {
+                kind: {(g.kind, g.size): g.size for g in counts if g.kind == kind} for kind, _ in blamed
+            }
             left = {kind: {g: n for g, n in counts.items() if g.kind != kind} for kind in whole}
             alone = [kind for kind, rest in left.items() if rest and not stock.why_not(rest)]
             waiting += [{**fixed, **whole[kind]} for kind in alone]

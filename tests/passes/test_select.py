@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import shear_ir as sir
 from shear_ir.cli import options
@@ -213,3 +216,25 @@ def test_an_allocation_that_is_not_there_is_refused() -> None:
 def test_the_cost_of_now_is_the_budget_s_total() -> None:
     plan = sir.plan(_program(), ratio=0.2)
     assert plan.before == sir.pipeline.analyses(_program()).get(MeasureCosts()).now
+
+
+def _convolutions(*channels: int, groups: int = 1) -> sir.Program:
+    """Convolutions of 3 channels to each of ``channels`` and then to 5."""
+    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
+    for before, after in pairwise(channels):
+        layers += [nn.ReLU(), nn.Conv2d(before, after, 3, padding=1, groups=groups)]
+    return sir.trace(nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(channels[-1], 5, 1)), torch.randn(2, 3, 17, 15))
+
+
+def test_a_ratio_that_units_are_too_coarse_for_is_missed_with_a_sentence() -> None:
+    asked = {"kinds": ("conv_channel",), "importance": "order"}
+    program = _convolutions(12, 12, 12)
+    plan = sir.plan(program, ratio=0.2, **asked)
+    (note,) = plan.notes
+    assert abs(plan.ratio - 0.2) > 0.03
+    assert note.startswith(
+        f"{plan.ratio:.3g} of the parameters go, not 0.2, for units are coarse: 1 of 12 conv_channel"
+    )
+    assert not sir.plan(program, ratio=plan.ratio, **asked).notes
+    grouped = sir.plan(_convolutions(16, 16, groups=4), ratio=0.3, **asked)
+    assert "not 0.3" in grouped.notes[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -33,6 +33,8 @@ Wanted = Callable[[float], Mapping[Group, float]]
 
 # A group of these is a few large units, which no kernel wants in multiples.
 _COUNTED = (*HEAD_KINDS, "expert", "block")
+
+_UNNOTICED = 0.001
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,24 @@ class SelectByRatio(Selection):
 
     def run(self, program: Program, analyses: AnalysisManager) -> Plan:
         """Raises ``PlanError`` when the ratio cannot be reached, saying what can."""
-        counts = self.counts(analyses)
+        solver = self._solver(analyses)
+        counts = solver.solve()
         criterion_ = self._criterion()
-        scores = Checked(str(criterion_), analyses.get(criterion_))
-        kept = {g: best(scores[g], count) for g, count in counts.items()}
+        kept = {g: best(solver.scores[g], count) for g, count in counts.items()}
         costs, groups = analyses.get(MeasureCosts()), analyses.get(FindGroups())
-        return build_plan(groups, costs, kept, options=self._options(criterion_), reason=f"least by {criterion_}")
+        plan = build_plan(groups, costs, kept, options=self._options(criterion_), reason=f"least by {criterion_}")
+        return replace(plan, notes=tuple(solver.missed(counts)))
 
     def counts(self, analyses: AnalysisManager) -> dict[Group, int]:
         """How many units stay of each chosen group; raises as ``run`` does."""
+        return self._solver(analyses).solve()
+
+    def _solver(self, analyses: AnalysisManager) -> _Solver:
         self._check()
         chosen = choose(analyses.get(FindGroups()), self.only, self.skip, self.kinds, self.frozen)
         criterion_ = self._criterion()
         scores = Checked(str(criterion_), analyses.get(criterion_))
-        return _Solver(self, chosen, scores, analyses.get(MeasureCosts())).solve()
+        return _Solver(self, chosen, scores, analyses.get(MeasureCosts()))
 
     def step(self, kind: str) -> int:
         """What stays of a group of this kind is a multiple of it."""
@@ -179,6 +185,47 @@ class _Solver:
                 f"(round_to {self.asked.round_to}), is larger"
             )
         return result
+
+    def missed(self, counts: Mapping[Group, int]) -> Iterator[str]:
+        """A sentence about what goes, where that is not what was asked for by more than a unit."""
+        gone = (self.total - self._cost(counts)) / self.total
+        if not self.asked.units and self._notable(counts, self.asked.ratio * self.total):
+            (kind, size), cost = max(self._step_costs(counts).items(), key=lambda item: item[1])
+            many = len(self._alike[kind, size])
+            yield (
+                f"{gone:.3g} of the {BUDGETS[self.asked.budget]} go, not {self.asked.ratio:g}, for units are coarse: "
+                f"{self._steps[kind]} of {size} {kind} units in {many} group{'s' * (many > 1)} is "
+                f"{cost / self.total:.2g} of them"
+            )
+
+    def _notable(self, counts: Mapping[Group, int], target: float) -> bool:
+        """Whether what goes misses the target by more than one step of one group, and enough to be seen."""
+        miss = abs(self.total - self._cost(counts) - target)
+        if miss <= _UNNOTICED * self.total:
+            return False
+        return miss > min(cost / len(self._alike[over]) for over, cost in self._step_costs(counts).items())
+
+    def _step_costs(self, counts: Mapping[Group, int]) -> dict[tuple[str, int], int]:
+        """What a step costs in all groups of a kind and size."""
+        up = {over: all(counts[g] < g.size for g in alike) for over, alike in self._alike.items()}
+        found = {over: abs(self._moved(counts, over, 1 if up[over] else -1)) for over in self._alike}
+        return {over: cost for over, cost in found.items() if cost} or {next(iter(found)): self.total}
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, int], list[Group]]:
+        """Groups by kind and size, which one config says together."""
+        found: dict[tuple[str, int], list[Group]] = {}
+        for group in self.groups:
+            found.setdefault((group.kind, group.size), []).append(group)
+        return found
+
+    def _shifted(self, counts: Mapping[Group, int], over: tuple[str, int], by: int) -> dict[Group, int]:
+        step = by * self._steps[over[0]]
+        return {g: n + step if (g.kind, g.size) == over else n for g, n in counts.items()}
+
+    def _moved(self, counts: Mapping[Group, int], over: tuple[str, int], by: int) -> int:
+        """What the cost grows by when the groups of this kind and size keep a step more, or less."""
+        return self._cost(self._shifted(counts, over, by)) - self._cost(counts)
 
     def _too_much(self, most: float) -> str:
         steps = max(self._steps.values())
