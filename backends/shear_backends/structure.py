@@ -140,13 +140,15 @@ class _Writer:
             return None
         copied = name in _COPIES or name in _RESHAPES or name == "expand"
         whole = name == "slice" and self._bounds(node, its)[1:] == (0, its.shape[self._bounds(node, its)[0]], 1)
-        idle = name in _DROPOUTS and (_argument(node, "train", 2) is False or _argument(node, "p", 1) == 0)
+        idle = name in _DROPOUTS and _idle(node)
         return source if copied or whole or idle else None
 
     def _settled(self, node: fx.Node) -> bool:
         """Whether a call that may draw random numbers, as attention does for its dropout, draws none."""
-        attention = _name(node) == "scaled_dot_product_attention"
-        return attention and _argument(node, "dropout_p", 4, 0.0) == 0
+        name = _name(node)
+        if name == "scaled_dot_product_attention":
+            return bool(_argument(node, "dropout_p", 4, 0.0) == 0)
+        return name in _DROPOUTS and _idle(node)
 
     def _form(self, node: fx.Node, types: tuple[TensorType, ...]) -> Line:
         name = _name(node)
@@ -218,6 +220,10 @@ def _name(node: fx.Node) -> str:
 
 def _argument(node: fx.Node, name: str, place: int, default: Any = None) -> Any:
     return node.kwargs.get(name, node.args[place] if place < len(node.args) else default)
+
+
+def _idle(dropout: fx.Node) -> bool:
+    return _argument(dropout, "train", 2) is False or bool(_argument(dropout, "p", 1) == 0)
 
 
 def _mutable(node: fx.Node) -> bool:
