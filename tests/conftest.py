@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.pretend_device import Pretend
 
 pytest_plugins = ["tests.golden"]
 
@@ -42,6 +47,15 @@ def _family(item: pytest.Item) -> str | None:
 def seed() -> None:
     """Random weights and inputs are the same in every run and in any order of tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def pretend() -> Iterator[Pretend]:
+    """Two accelerators that are as strict about devices as real ones; see ``tests/pretend_device.py``."""
+    from tests.pretend_device import pretend_device  # not above: torch forgets no device
+
+    with pretend_device() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -263,7 +263,7 @@ class LHSPG(torch.optim.Optimizer):
         none = torch.tensor([False])  # the last entry, which owner -1 reads
         current = torch.cat([(self.status == period + 1) & self.redundant, none])
         gone = torch.cat([self.redundant, none])
-        self._index = [_Index.of(place, current, gone) for place in self.units.places]
+        self._index = [_Index.of(place, current, gone, self.units.device) for place in self.units.places]
 
     def _require_zeros(self, units: Units) -> None:
         alive = units.nonzero().cpu() & self.redundant
@@ -273,7 +273,11 @@ class LHSPG(torch.optim.Optimizer):
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Indices of a place: of the units that shrink in this period, of all redundant ones, of those already zero."""
+    """Indices of a place: of the units that shrink in this period, of all redundant ones, of those already zero.
+
+    They are on the device of the place's tensor, but for ``unit``, the units that ``current`` is of: it is where sums
+    over units are, for a model may lie on several devices.
+    """
 
     place: Place
     current: Tensor
@@ -282,10 +286,10 @@ class _Index:
     zero: Tensor
 
     @classmethod
-    def of(cls, place: Place, current: Tensor, gone: Tensor) -> _Index:
+    def of(cls, place: Place, current: Tensor, gone: Tensor, sums: torch.device) -> _Index:
         owner, device = place.owner.cpu(), place.tensor.device
         found = [mask[owner].nonzero().flatten() for mask in (current, gone, gone & ~current)]
-        return cls(place, found[0].to(device), owner[found[0]].to(device), found[1].to(device), found[2].to(device))
+        return cls(place, found[0].to(device), owner[found[0]].to(sums), found[1].to(device), found[2].to(device))
 
 
 def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:
