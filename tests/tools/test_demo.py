@@ -1,53 +1,59 @@
-"""The measures of the demo, on answers known beforehand."""
+"""The demo: its first half as it runs, and what it says where the second is not at hand."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer
-from transformers.modeling_outputs import CausalLMOutput
 
 from tools import demo
+from tools.fetch_models import FetchError
 
 
-class Uniform(nn.Module):
-    """A language model that knows nothing of 7 tokens."""
-
-    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
-        return CausalLMOutput(logits=torch.zeros(*input_ids.shape, 7))
-
-
-def test_the_perplexity_of_knowing_nothing_is_the_size_of_the_vocabulary() -> None:
-    assert demo.perplexity(Uniform(), torch.randint(0, 7, (11, 5))) == pytest.approx(7.0)
+def test_megabytes_count_tied_weights_once() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(1000, 500, bias=False), "other": nn.Linear(1000, 500, bias=False)})
+    assert demo.megabytes(model) == 4.0
+    model["other"].weight = model["one"].weight
+    assert demo.megabytes(model) == 2.0
+    assert demo.megabytes(model.to(torch.bfloat16)) == 1.0
 
 
-def test_rank_correlation_sees_only_the_order() -> None:
-    values = np.array([0.3, -1.0, 2.0, 0.9])
-    assert demo.spearman(values, np.exp(values)) == pytest.approx(1.0)
-    assert demo.spearman(values, -values) == pytest.approx(-1.0)
-    # Two neighbours of four trade places: 1 - 6 (1 + 1) / (4 (16 - 1)).
-    assert demo.spearman(values, np.array([0.9, -1.0, 2.0, 0.3])) == pytest.approx(0.8)
+@pytest.mark.slow
+def test_without_the_real_model_the_first_half_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> Path:
+        raise FetchError(f"no network for {name}")
+
+    monkeypatch.setattr(demo, "fetch", missing)
+    monkeypatch.setattr(demo, "draw", lambda program, groups, path, plan: path)  # dot may not be installed
+    monkeypatch.setattr(demo, "ROWS", 2)
+    demo.main(tmp_path / "out", small=False, as_json=False)
+    said = capsys.readouterr().out
+    assert "SmolLM2 is left out: no network for smollm2" in said
+    found = json.loads((tmp_path / "out" / "demo.json").read_text())
+    assert list(found) == ["small", "seconds"]
+    assert found["small"]["parameters"] == {"dense": 3885504, "pruned": 3107904}
+    assert found["small"]["megabytes"] == {"dense": 15.542016, "pruned": 12.431616}
+    assert found["small"]["stock"] is True
+    assert list(found["small"]["perplexity"]) == ["code", "docs", "topics"]
+    for losses in found["small"]["perplexity"].values():
+        assert losses["dense"] < losses["pruned"]
+    assert (tmp_path / "out" / "tiny-llama" / "model.safetensors").is_file()
 
 
-def test_windows_start_and_end_each_row(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo.LANGUAGE_MODEL)
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x = 1", "y = 2")))
-    rows = demo.windows(tokenizer, file, length=3, most=100)
-    flat = rows.flatten().tolist()
-    assert rows.shape[1] == 3
-    assert flat[0] == tokenizer.bos_token_id
-    end = flat.index(tokenizer.eos_token_id)
-    assert tokenizer.decode(flat[1:end]) == "x = 1"
-    assert flat[end + 1] == tokenizer.bos_token_id
+def test_a_refused_command_leaves_the_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer import Exit
 
-
-def test_the_sentences_are_all_different() -> None:
-    assert len(set(demo.SENTENCES)) == len(demo.SENTENCES) == 40
-    assert math.comb(len(demo.SENTENCES), 2) == 780
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo.json").write_text("earlier")
+    monkeypatch.setattr(demo, "small_model", lambda out: {})
+    monkeypatch.setattr(demo, "fetch", lambda name: tmp_path / "nothing")
+    monkeypatch.setattr(demo, "make", lambda: tmp_path / "data.yaml")
+    with pytest.raises(Exit):
+        demo.main(tmp_path / "out", small=False, as_json=False)
+    assert (tmp_path / "out" / "demo.json").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
