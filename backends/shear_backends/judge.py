@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,12 @@ from shear_ir.frontend.feeds import tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
-from shear_ir.plans import Plan, original, renumbered
+from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.rewrite.raise_lora import raise_lora
-from shear_passes.rewrite.rescale_gains import gained
-from shear_passes.rewrite.shear import cut_tensor, shear_program, shear_tensors
+from shear_passes.rewrite.shear import shear_program, shear_tensors
 from shear_passes.select.build import checked_masks
 
 Maker = Callable[[nn.Module], nn.Module]
@@ -51,11 +50,28 @@ _LARGEST = 1 << 26
 """Entries of an input that a longer trace may have."""
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What proof by structure says of a sheared model. ``equal``: its program is the sheared one.
+
+    ``lengths``: the shapes of the main input at which it was compared. ``why``: where the two part, else empty; they
+    may compute the same function all the same.
+    """
+
+    equal: bool
+    lengths: tuple[tuple[int, ...], ...] = ()
+    why: str = ""
+
+    def __str__(self) -> str:
+        tried = ", ".join("x".join(map(str, shape)) for shape in self.lengths)
+        return f"equal programs over equal tensors, at {tried}" if self.equal else f"not decided: {self.why}"
+
+
 class Judge:
     """Compares candidates with the sheared program, which came about by another road.
 
-    ``by``: which judge accepted the latest candidate. ``why``: what speaks against the first one, the likeliest.
-    ``failed``: whether the latest one could not be run. ``lengths``: the shapes of the main input that were compared.
+    ``structure``: what structure says of the latest candidate, ``accepted``: of the latest that was accepted.
+    ``why``: what speaks against the first one, the likeliest. ``failed``: whether the latest one could not be run.
     """
 
     def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
@@ -65,10 +81,9 @@ class Judge:
         self.feed = feed
         self.program: Program = shear_program(groups, plan)
         self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
-        self.by: Literal["structure", "numbers"] = "structure"
+        self.structure = self.accepted = Structure(False)
         self.why = ""
         self.failed = False
-        self.lengths: list[tuple[int, ...]] = []
 
     def agrees(self, small: nn.Module, made: Maker | None = None) -> bool:
         """Whether ``small`` computes the sheared program's function, at every length that is tried.
@@ -76,21 +91,21 @@ class Judge:
         ``made`` makes such modules of dense ones that hold other numbers, so that numbers can decide where programs
         differ; without it, and on the meta device, only structure does.
         """
-        self.failed, self.by, self.lengths = False, "structure", []
+        self.failed = False
+        lengths = [_shape(self.feed)]
         against = self._against(small, self.feed, self.program)
-        if not against:
-            self.lengths.append(_shape(self.feed))
-            further = self.further
-            against = "" if further is None else self._against(small, *further)
-            if further is not None and not against:
-                self.lengths.append(_shape(further[0]))
-            elif further is not None:
-                against = f"with inputs of {_told(further[0])}, {against}"
-        elif made is not None and not self.meta and not self.failed and self._same_numbers(made):
-            self.by, against = "numbers", ""
-            self.lengths.append(_shape(self.feed))
-        self.why = self.why or (f" ({against})" if against else "")
-        return not against
+        if not against and self.further is not None:
+            feed, program = self.further
+            lengths.append(_shape(feed))
+            against = self._against(small, feed, program)
+            against = f"with inputs of {_told(feed)}, {against}" if against else ""
+        self.structure = Structure(not against, tuple(lengths), against)
+        tell = len(lengths) == 1 and made is not None and not self.meta and not self.failed
+        if not against or (tell and made is not None and self._same_numbers(made)):
+            self.accepted = self.structure
+            return True
+        self.why = self.why or f" ({against})"
+        return False
 
     def _against(self, small: nn.Module, feed: Inputs, program: Program) -> str:
         """What speaks against ``small`` as ``program``."""
@@ -173,59 +188,6 @@ class Judge:
                 "anything is removed: its forward draws random numbers or takes another way under torch.export; pass "
                 "inputs that leave it no choice, such as its masks"
             )
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What proof by structure says of a sheared model. ``equal``: its program is the sheared one over equal tensors.
-
-    ``lengths``: the shapes of the main input at which it was compared. ``why``: where the two part, else empty; they
-    may compute the same function all the same.
-    """
-
-    equal: bool
-    lengths: tuple[tuple[int, ...], ...] = ()
-    why: str = ""
-
-    def __str__(self) -> str:
-        tried = ", ".join("x".join(map(str, shape)) for shape in self.lengths)
-        return f"equal programs over equal tensors, at {tried}" if self.equal else f"not decided: {self.why}"
-
-
-def by_structure(model: nn.Module, groups: Groups, plan: Plan, small: nn.Module, feed: Inputs) -> Structure:
-    """Whether ``small`` is ``model`` sheared, told without numbers: equal tensors, and equal programs on ``feed``.
-
-    Linear in the size of the graph, one tensor at a time. Raises ``PlanError`` for a plan of another model.
-    """
-    apart = _tensor_apart(model, plan, small)
-    if apart:
-        return Structure(False, (), apart)
-    judge = Judge(model, groups, plan, feed)
-    try:
-        equal = judge.agrees(small)
-    except ShearingError as failure:  # of the dense model at another length
-        return Structure(False, (), str(failure))
-    return Structure(equal, tuple(judge.lengths) if equal else (), judge.why.strip(" ()"))
-
-
-def _tensor_apart(model: nn.Module, plan: Plan, small: nn.Module) -> str:
-    """The first tensor of ``small`` that is not what ``plan`` leaves of the dense one; empty where all are."""
-    dense, found = tensors_of(model), tensors_of(small)
-    if not plan.kept.keys() <= dense.keys():
-        return "the plan was made for tensors by other names"
-    dense = gained(dense, plan.kept, plan.gains)
-    left = {name: dense[origin] for name in found if (origin := original(name, plan.gone)) in dense}
-    for name, tensor in found.items():
-        if name not in left:
-            return f"the dense model has no {name}"
-        origin = original(name, plan.gone)
-        cut = cut_tensor(left[name], plan.kept.get(origin, {}))
-        if cut.shape != tensor.shape or cut.dtype != tensor.dtype:
-            return f"{name} is {tensor.dtype} {list(tensor.shape)}, not {cut.dtype} {list(cut.shape)}"
-        if not (cut.is_meta or tensor.is_meta) and not torch.equal(cut, tensor.to(cut.device)):
-            return f"{name} holds other values than what stays of it"
-    gone = [name for name in dense if renumbered(name, plan.gone) not in found]
-    return next((f"{name} is missing" for name in gone if renumbered(name, plan.gone) is not None), "")
 
 
 def not_possible(groups: Groups, plan: Plan) -> str:

@@ -109,7 +109,7 @@ def _follow(mine: Any, old: Any, new: Any) -> None:
 
 def _adopt(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Set the plain attributes that the class derives from fields that changed, outside of the layers themselves."""
-    was, now = _plain(old)[1], _plain(new)[1]
+    was, now = plain(old)[1], plain(new)[1]
     for name, value in now.items():
         if value != was.get(name) and vars(module).get(name) == was.get(name):
             setattr(module, name, copy.deepcopy(value))
@@ -217,10 +217,11 @@ def _built(kind: type[nn.Module], config: Any) -> nn.Module | None:
 def _alike(model: nn.Module, fresh: nn.Module) -> bool:
     """Whether both have the same modules with the same plain attributes; those say more than shapes, as windows do."""
     mine, theirs = dict(model.named_modules()), dict(fresh.named_modules())
-    return mine.keys() == theirs.keys() and all(_plain(mine[path]) == _plain(theirs[path]) for path in mine)
+    return mine.keys() == theirs.keys() and all(plain(mine[path]) == plain(theirs[path]) for path in mine)
 
 
-def _plain(module: nn.Module) -> tuple[type, dict[str, Any]]:
+def plain(module: nn.Module) -> tuple[type, dict[str, Any]]:
+    """The class of a module and its attributes that are numbers, texts, or sequences of such."""
     kinds = (bool, int, float, str, tuple, list)
     values = vars(module).items()
     return type(module), {n: v for n, v in values if type(v) in kinds and n != "training" and not n.startswith("_")}

@@ -18,8 +18,8 @@ from shear_backends.config_inference import infer_config
 from shear_backends.fits import Fit, find_fits, install_fits, needed, watch_fits
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import tensors_of
-from shear_backends.judge import Judge
-from shear_backends.layers import drop_layers, moved, stays
+from shear_backends.judge import Judge, Structure
+from shear_backends.layers import drop_layers, moved, plain, stays
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -45,7 +45,7 @@ class Record:
 
     ``plan``: all cuts so far as one. ``config``: the dense model's config. ``attributes``, ``norms``, ``gathers``,
     ``fits``: what differs from the dense modules beside the tensors. ``stock``: whether the model's own config builds
-    it.
+    it. ``proof``: what structure said when it was made, of modules that were in ``state``.
     """
 
     plan: Plan
@@ -55,6 +55,8 @@ class Record:
     norms: tuple[NormFix, ...] = ()
     gathers: tuple[Gather, ...] = ()
     fits: tuple[Fit, ...] = ()
+    proof: Structure | None = None
+    state: int = 0
 
 
 def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> nn.Module:
@@ -77,6 +79,7 @@ class Recipe:
     norms: tuple[NormFix, ...] = ()
     gathers: tuple[Gather, ...] = ()
     fits: tuple[Fit, ...] = ()
+    proof: Structure | None = None
 
 
 def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> Recipe:
@@ -96,13 +99,15 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
 
     for tried, recipe in enumerate(_recipes(model, groups, masks, plan, norms, feed)):
         if agrees(recipe):
-            return recipe if recipe.config is not None else _smallest(model, recipe, agrees)
+            found = recipe if recipe.config is not None else _smallest(model, recipe, agrees)
+            return replace(found, proof=judge.accepted)
         # A size left open may be another one without a failure; the likeliest attributes are enough to see that.
         if (judge.failed or tried < _LIKELY) and recipe.config is None and fits:
             fitting = replace(recipe, fits=fits)
             fitted = watch_fits(build(model, cuts, fitting))
             if agrees(fitting, fitted):
-                return _smallest(model, replace(recipe, fits=needed(fitted, fits)), agrees)
+                found = _smallest(model, replace(recipe, fits=needed(fitted, fits)), agrees)
+                return replace(found, proof=judge.accepted)
     judge.require_trace()
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function, without "
@@ -257,7 +262,10 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
     """``small`` with its record attached, joined with that of earlier cuts."""
     stock = recipe.config is not None
-    record = Record(plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers, recipe.fits)
+    record = Record(
+        plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers, recipe.fits, recipe.proof,
+        state_of(small),
+    )  # fmt: skip
     # Not getattr: a PEFT model answers with what its base has.
     first: Record | None = vars(model).get(RECORD)
     if first is not None:
@@ -277,6 +285,11 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
         )
     object.__setattr__(small, RECORD, record)
     return small
+
+
+def state_of(model: nn.Module) -> int:
+    """A number that is another one when a module of ``model`` is of another class or holds other plain attributes."""
+    return hash(tuple((path, *map(repr, plain(module))) for path, module in model.named_modules()))
 
 
 def _behind(record: Record, gone: Sequence[str]) -> Record:
