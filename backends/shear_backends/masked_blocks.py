@@ -45,11 +45,19 @@ class MaskedBlocks:
 
     def __call__(self, feed: Inputs) -> tuple[Tensor, ...]:
         """What it predicts."""
+        return self.run(self.graph_of(feed), feed)
+
+    def run(self, graph: fx.GraphModule, feed: Inputs) -> tuple[Tensor, ...]:
+        """What ``graph``, made by ``graph_of``, predicts."""
+        with routing(self.model):
+            return tuple(graph(**feed))
+
+    def graph_of(self, feed: Inputs) -> fx.GraphModule:
+        """The graph for inputs of such sizes."""
         sizes = tuple((name, tuple(value.shape), value.dtype) for name, value in tensors_in(feed).items())
         if sizes not in self._graphs:
             self._graphs[sizes] = self._graph(feed)
-        with routing(self.model):
-            return tuple(self._graphs[sizes](**feed))
+        return self._graphs[sizes]
 
     def _graph(self, feed: Inputs) -> fx.GraphModule:
         program = raise_lora(trace(self.model, feed))

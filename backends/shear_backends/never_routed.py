@@ -27,22 +27,35 @@ _FACTORS = {aten.mm.default: (0, 1), aten.bmm.default: (0, 1), aten.addmm.defaul
 """Products, with the places of their factors."""
 
 
-def never_route(model: nn.Module, routers: Mapping[str, tuple[int, Indices]]) -> None:
-    """Change ``model``: by name of a tensor that scores experts, the dim that counts them and those that may be chosen.
+def split(
+    model: nn.Module, routers: Mapping[str, tuple[int, Indices]]
+) -> tuple[list[tuple[Tensor, int, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The tensors of ``routers`` that are scores themselves, with their dim and who is gone, and those that make them.
 
-    A vector is changed in place; for a matrix, ``forward`` is wrapped.
+    ``routers``: by name of a tensor that scores experts, the dim that counts them and those that may be chosen.
     """
-    matrices: list[tuple[Tensor, Tensor]] = []
-    named = dict((*model.named_parameters(), *model.named_buffers()))
+    scores, matrices = [], []
+    named = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     for name, (dim, kept) in routers.items():
         tensor = named[name]
         gone = torch.from_numpy(np.setdiff1d(np.arange(tensor.shape[dim]), kept)).to(tensor.device)
         # A matrix of one column scores by a product, too.
         if tensor.numel() == tensor.shape[dim] and dim == tensor.dim() - 1:
-            with torch.no_grad():
-                tensor.index_fill_(dim, gone, -math.inf)
+            scores.append((tensor, dim, gone))
         else:
             matrices.append((tensor, gone))
+    return scores, matrices
+
+
+def never_route(model: nn.Module, routers: Mapping[str, tuple[int, Indices]]) -> None:
+    """Change ``model``: by name of a tensor that scores experts, the dim that counts them and those that may be chosen.
+
+    A vector is changed in place; for a matrix, ``forward`` is wrapped.
+    """
+    scores, matrices = split(model, routers)
+    for tensor, dim, gone in scores:
+        with torch.no_grad():
+            tensor.index_fill_(dim, gone, -math.inf)
     if matrices:
         _wrap(model, matrices)
 
@@ -63,7 +76,12 @@ def _wrap(model: nn.Module, matrices: list[tuple[Tensor, Tensor]]) -> None:
 def routing(model: nn.Module) -> AbstractContextManager[Any]:
     """What is on while ``forward`` of such a model runs, for a graph of it, which a trace makes without it."""
     matrices = vars(model).get(_MATRICES)
-    return _NeverRouted(matrices) if matrices else nullcontext()
+    return routing_by(matrices) if matrices else nullcontext()
+
+
+def routing_by(matrices: list[tuple[Tensor, Tensor]]) -> AbstractContextManager[Any]:
+    """While it is on, products with the given matrices are minus infinity where these have rows that are gone."""
+    return _NeverRouted(matrices)
 
 
 class _NeverRouted(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its base has no annotations

@@ -2,104 +2,177 @@
 
 The reference is computed without the rewrite: it only knows which indices of which tensors go, and which tensors score
 experts. An expert that is removed is never routed to: its scores are minus infinity.
+
+Both are computed in float64, where a right model differs from the reference in the last places only. How much rounding
+may explain is not a constant: it is the rounding of the reference itself in the model's own precision, measured, and
+carried over to float64.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shear_backends.masked_blocks import MaskedBlocks, block_cuts
+from shear_backends.compare import Gap, compared, difference, largest, largest_of, worst_of
 from shear_backends.never_routed import never_route
+from shear_backends.precision import unit_of
+from shear_backends.sides import Side, gone_of, without_divisions
+from shear_backends.stored import recomputed
+from shear_backends.tried import Trial, run, trials
 from shear_ir.axes import Indices
-from shear_ir.errors import PlanError, UnsoundError
-from shear_ir.frontend.adapters import find_adapters
-from shear_ir.frontend.export import tensors_of
-from shear_ir.frontend.feeds import call, tensors_in, with_tensors
-from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
+from shear_ir.errors import PlanError, ShearError, UnsoundError
 from shear_ir.frontend.kept import forget_kept
-from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import Kept, Plan
-from shear_passes.rewrite.rescale_gains import gained, normed_dims
+from shear_passes.rewrite.rescale_gains import gained
+
+__all__ = ["TOLERANCE", "Report", "difference", "evaluation", "masked", "run", "verify"]
 
 TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class Report:
-    """``max_abs_diff`` over all outputs and inputs; ``scale``: the largest absolute entry of the reference.
+    """``max_abs_diff`` over all outputs and inputs, in float64; ``scale``: the largest absolute entry of the reference.
 
-    ``sound``: the difference is at most ``tolerance * max(1, scale)``, which fp32 rounding stays below.
-    ``lengths``: the shapes of the main input that were tried. ``moved``: how far the pruned outputs are from the
-    dense ones, which says that the test saw the cut at all.
+    ``gap``, ``noise``, ``bound``, ``place``: the one tensor that rounding explains least: how far the models are apart
+    there in float64, how far the reference is from itself in the model's own precision, the difference that this
+    rounding explains in float64, and where it is. ``sound``: the gap is at most the bound. ``lengths``: the shapes of
+    the main input that were tried; ``notes``: what was tried beside them, or could not be. ``moved``: how far the
+    pruned outputs are from the dense ones, which says that the test saw the cut at all. ``judge``: what decided.
     """
 
     max_abs_diff: float
     scale: float
-    tolerance: float
     lengths: tuple[tuple[int, ...], ...]
     moved: float
+    gap: float = 0.0
+    noise: float = 0.0
+    bound: float = 0.0
+    place: str = ""
+    notes: tuple[str, ...] = ()
+    judge: Literal["numbers", "structure"] = "numbers"
 
     @property
     def sound(self) -> bool:
         """Whether the sheared model computes the masked original's function (NaN is never sound)."""
-        return self.max_abs_diff <= self.tolerance * max(1.0, self.scale)
+        return self.gap <= self.bound
 
     def raise_if_unsound(self) -> None:
         """Raise ``UnsoundError`` with the measured difference unless the model is sound."""
         if not self.sound:
             raise UnsoundError(
-                f"the sheared model differs from the masked original by {self.max_abs_diff:.3g} "
-                f"(outputs up to {self.scale:.3g}, tolerance {self.tolerance:g})"
+                f"the sheared model differs from the masked original by {self.gap:.3g} in float64 at {self.place}, "
+                f"where rounding explains {self.bound:.2g} (outputs up to {self.scale:.3g})"
             )
 
     def __str__(self) -> str:
         verdict = "sound" if self.sound else "UNSOUND"
         tried = ", ".join("x".join(map(str, s)) for s in self.lengths)
-        return f"{verdict}: max abs diff {self.max_abs_diff:.3g} on inputs {tried}"
+        return (
+            f"{verdict}: max abs diff {self.max_abs_diff:.3g} in float64 on inputs {tried}; rounding explains "
+            f"{self.bound:.2g} (the model's own in its precision: {self.noise:.2g})"
+        )
 
 
-def verify(
-    model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, tolerance: float = TOLERANCE, seed: int = 0
-) -> Report:
-    """Compare ``small`` with ``model`` masked by ``plan`` on random inputs of two batch sizes and lengths.
+def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
+    """Compare ``small`` with ``model`` masked by ``plan``, in float64, on random inputs of several sizes.
 
-    Removed slices are zero in the reference, and removed blocks add zero to their streams.
+    Removed slices are zero in the reference, and removed blocks add zero to their streams. Neither model is changed
+    or copied.
 
     ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
     one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
     """
-    worst = scale = moved = 0.0
-    with evaluation(model), evaluation(small), in_float32(model, small), torch.no_grad():
-        feeds = _feeds(model, inputs, seed)
-        reference = masked(model, plan.kept, plan.routers, plan.gains)
-        without = MaskedBlocks(reference, plan.cuts) if block_cuts(plan.cuts) else None
-        for feed in feeds:
-            expected = without(feed) if without else run(reference, feed)
-            found, dense = run(small, feed), run(model, feed)
-            worst = _largest([worst, difference(expected, found)])
-            moved = _largest([moved, difference(expected, dense)])
-            scale = max([scale, *(float(t.abs().max()) for t in expected if t.numel())])
-            if not worst <= tolerance * max(1.0, scale):
-                _refuse_chance(model, feed, dense, tolerance)
-    lengths = tuple(tuple(next(iter(tensors_in(f).values())).shape) for f in feeds)
-    return Report(worst, scale, tolerance, lengths, moved)
+    with evaluation(model), evaluation(small):
+        return _Comparison(model, small, plan).report(trials(model, inputs, seed))
 
 
-def _refuse_chance(model: nn.Module, feed: Inputs, first: Sequence[Tensor], tolerance: float) -> None:
-    """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
-    gap = difference(first, run(model, feed))
-    if gap > tolerance:
-        raise UnsoundError(
-            f"{type(model).__name__} gives outputs that differ by {gap:.3g} when it reads one input twice: its forward "
-            "draws random numbers, so nothing can be compared with it; pass what it draws as an input"
-        )
+class _Comparison:
+    def __init__(self, model: nn.Module, small: nn.Module, plan: Plan) -> None:
+        self.dense, self.reference, self.small = Side.of(model), Side.masked(model, plan), Side.of(small)
+        self.nudged = recomputed(model, small, plan)
+        floats = [p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
+        self.unit = min(map(unit_of, floats), default=unit_of(torch.float32))
+        self.gaps: list[Gap] = []
+        self.notes: list[str] = []
+        self.moved = self.scale = self.most = 0.0
+
+    def report(self, asked: Sequence[Trial]) -> Report:
+        tried = [trial.size for trial in asked if self._try(trial)]
+        worst = worst_of(self.gaps)
+        return Report(
+            self.most, self.scale, tuple(tried), self.moved, worst.value, worst.noise, worst.bound, worst.place,
+            tuple(self.notes),
+        )  # fmt: skip
+
+    def _try(self, trial: Trial) -> bool:
+        """Compare one answer; False where there is none, which the notes say."""
+        try:
+            expected = self._exact(self.reference, trial)
+        except Exception as failure:
+            if trial.must:
+                raise
+            self.notes.append(f"{trial.name}: not tried, {type(self.dense.model).__name__} raises {_line(failure)}")
+            return False
+        try:
+            found = self._exact(self.small, trial)
+        except ShearError as failure:
+            if trial.must:
+                raise
+            self.notes.append(f"{trial.name}: not tried, {_line(failure)}")
+            return False
+        except Exception as failure:
+            self.notes.append(f"{trial.name}: the sheared model raises {_line(failure)}")
+            self.gaps.append(Gap(f"inputs {trial.name}", math.inf, 0.0, 0.0, 0.0))
+            self.most = math.inf
+            return True
+        nudged = self._exact(self.small, trial, self.nudged) if self.nudged else None
+        gaps = compared(f"inputs {trial.name}", expected, found, self._rounded(trial, expected), nudged, self.unit)
+        dense = self._exact(self.dense, trial)
+        if not all(gap.sound for gap in gaps):
+            self._refuse_chance(trial, dense)
+        self.gaps += gaps
+        self.most = largest_of([self.most, *(gap.value for gap in gaps)])
+        self.scale = max([self.scale, *(gap.scale for gap in gaps)])
+        self.moved = largest_of([self.moved, difference(expected, dense)])
+        return True
+
+    def _exact(self, side: Side, trial: Trial, nudged: Mapping[int, float] | None = None) -> tuple[Tensor, ...]:
+        return side.ask(trial.call, trial.feed, torch.float64, nudged)
+
+    def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The reference in the model's own precision; in float32 where that overflows or has no kernels."""
+        for dtype in (None, torch.float32):
+            try:
+                found = self.reference.ask(trial.call, trial.feed, dtype)
+            except Exception:  # whatever the model's code raises for lack of a kernel
+                continue
+            if math.isfinite(difference(expected, found)):
+                return found
+        return ()
+
+    def _refuse_chance(self, trial: Trial, first: Sequence[Tensor]) -> None:
+        """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
+        again = self._exact(self.dense, trial)
+        gap = difference(first, again)
+        if gap > 1e-9 * largest(first):
+            raise UnsoundError(
+                f"{type(self.dense.model).__name__} gives outputs that differ by {gap:.3g} when it reads one input "
+                "twice: its forward draws random numbers, so nothing can be compared with it; pass what it draws as an "
+                "input"
+            )
+
+
+def _line(failure: Exception) -> str:
+    text = str(failure).splitlines()
+    return f"{type(failure).__name__}: {text[0]}" if text else type(failure).__name__
 
 
 def masked(
@@ -115,11 +188,11 @@ def masked(
     if missing:
         raise PlanError(f"the plan was made for another model: this one has no tensor {missing[0]}")
     tensors = gained(named, kept, gains or {})
-    kept = _without_normed_rows(named, _without_dora_rows(model, kept), gains or {})
+    kept = without_divisions(model, kept, gains or {})
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensors[name], kept[name]) if name in kept else tensors[name]
-    reference = copied(model, memo)
+    reference = copy.deepcopy(model, memo)
     forget_kept(reference)
     astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
     if astray is not None:
@@ -129,66 +202,11 @@ def masked(
     return reference
 
 
-def _without_dora_rows(model: nn.Module, kept: Kept) -> Kept:
-    """``kept`` without the rows that a DoRA magnitude of zero removes: divided by their norm, zero would be 0/0."""
-    spared: dict[str, int] = {}
-    for adapter in find_adapters(model):
-        if adapter.magnitude in kept and adapter.active and adapter.row_dim is not None:
-            spared |= {adapter.base: adapter.row_dim, adapter.b: 0}
-    return {n: {d: i for d, i in dims.items() if d != spared.get(n)} for n, dims in kept.items()}
-
-
-def _without_normed_rows(tensors: Mapping[str, Tensor], kept: Kept, gains: Mapping[str, str]) -> Kept:
-    """``kept`` without the rows of v that a zero of g removes from ``g * v / |v|``: zero would be 0/0 there."""
-    spared = {v: set(kept.get(v, {})) - set(normed_dims(tensors[g], tensors[v])) for g, v in gains.items()}
-    return {n: {d: i for d, i in dims.items() if d not in spared.get(n, ())} for n, dims in kept.items()}
-
-
 def _zeroed(name: str, tensor: Tensor, dims: Mapping[int, Indices]) -> Tensor:
     zeroed = tensor.detach().clone()
     for dim, kept in dims.items():
-        if dim >= tensor.dim() or (len(kept) and kept[-1] >= tensor.shape[dim]):
-            raise PlanError(f"the plan was made for another model: {name} has shape {tuple(tensor.shape)}")
-        gone = np.setdiff1d(np.arange(tensor.shape[dim]), kept)
-        zeroed.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+        zeroed.index_fill_(dim, gone_of(name, tensor, dim, kept), 0)
     return nn.Parameter(zeroed, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else zeroed
-
-
-def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
-    """The tensors a model predicts with, caches off."""
-    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return tensors_of(call(model, feed, **fixed))
-
-
-def difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Largest absolute difference, infinite where shapes or counts differ; NaN stays NaN."""
-    if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
-        return float("inf")
-    pairs = ((x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel())
-    # Where both are the same infinity they agree.
-    return _largest([float(torch.where(x == y, 0.0, x - y).abs().max()) for x, y in pairs])
-
-
-def _largest(gaps: Sequence[float]) -> float:
-    """The largest, NaN when one is NaN: ``max`` would lose it."""
-    return float(np.max(gaps, initial=0.0))
-
-
-@contextmanager
-def in_float32(*models: nn.Module) -> Iterator[None]:
-    """Tensors of half precision as float32, so that functions are compared and not their rounding.
-
-    The tensors themselves are put back at the end, bit for bit; one that two models share is converted once.
-    """
-    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
-    halves = [(t, t.data) for t in tensors.values() if t.dtype in (torch.bfloat16, torch.float16)]
-    try:
-        for tensor, half in halves:
-            tensor.data = half.float()
-        yield
-    finally:
-        for tensor, half in halves:
-            tensor.data = half
 
 
 @contextmanager
@@ -201,20 +219,3 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _feeds(model: nn.Module, inputs: Any, seed: int) -> list[Inputs]:
-    if isinstance(inputs, list):
-        return [_placed(model, as_inputs(model, one)) for one in inputs]
-    if inputs is not None:
-        return [_placed(model, as_inputs(model, inputs))]
-    return [
-        example_inputs(model, seed=seed),
-        example_inputs(model, batch=2, length=16, seed=seed + 1),
-    ]
-
-
-def _placed(model: nn.Module, feed: Inputs) -> Inputs:
-    halves = (torch.bfloat16, torch.float16)
-    device = device_of(model)
-    return with_tensors(feed, lambda t: t.to(device, torch.float32 if t.dtype in halves else t.dtype))
