@@ -40,8 +40,8 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
 
     ``model``: its parameters, which forward does not write to, are converted anew for each operator that reads them.
     Its buffers and whatever else has a lower precision are copied once and kept, so that what forward writes there can
-    be read again and the tensor itself stays as it is. ``masks``: how tensors read. ``nudged``: by the id of a tensor,
-    the relative step by which its entries are moved, up or down by chance.
+    be read again and the tensor itself stays as it is. ``masks``, ``values``: how tensors read. ``nudged``: by the id
+    of a tensor, the relative step by which its entries are moved, up or down by chance.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         dtype: torch.dtype | None,
         model: nn.Module,
         masks: Masks | None = None,
+        values: Mapping[int, Tensor] | None = None,
         nudged: Mapping[int, float] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = dtype
         self.masks = masks or {}
+        self.values = values or {}
         self.nudged = nudged or {}
         self.parameters = {id(t): t for t in model.parameters()}
         self.buffers = {id(t): t for t in model.buffers()}
@@ -96,9 +98,9 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
 
     def _read(self, key: int, value: Tensor) -> Tensor:
         dtype = self._raised(value.dtype)
-        if key not in self.masks and key not in self.nudged:
+        if key not in self.masks and key not in self.values and key not in self.nudged:
             return value if dtype is value.dtype else value.detach().to(dtype)
-        return self._masked(key, value.detach().to(dtype, copy=True))
+        return self._masked(key, self.values.get(key, value).detach().to(dtype, copy=True))
 
     def _masked(self, key: int, own: Tensor) -> Tensor:
         for fill in self.masks.get(key, ()):

@@ -32,7 +32,7 @@ _MOST_SWAPPED = 16  # kinds of modules of one model whose code looks at the type
 
 @dataclass
 class Side:
-    """A model, how its tensors read (``masks``, ``values``), and those by which experts are never chosen (``matrices``).
+    """A model, how its tensors read (``masks``, ``values``), and those by which experts are not chosen (``matrices``).
 
     ``blocks``: what adds zero for the blocks that are gone. ``swapped``: classes of modules whose parameters are
     converted as a whole while they run, found as they are needed.
