@@ -7,7 +7,6 @@ so that in float64 only float64 rounds.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from shear_ir.frontend.kept import forget_kept
+from shear_ir.frontend.unchanged import copied
 
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
@@ -155,18 +155,13 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
-    """The modules of ``model`` anew, in evaluation mode, over the same parameters and buffers.
+    """The modules of ``model`` anew, in evaluation mode, over the same parameters.
 
     So what forward keeps on modules is kept there. A graph is returned as it is: it keeps nothing.
     """
     if isinstance(model, fx.GraphModule):
         return model
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        # What was computed with gradients cannot be copied by ``deepcopy``.
-        kept = (v for v in vars(module).values() if isinstance(v, Tensor) and id(v) not in memo)
-        memo |= {id(value): value.detach().clone() for value in kept}
-    bare = copy.deepcopy(model, memo)
+    bare = copied(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     forget_kept(bare)
     return bare.eval()
 

@@ -20,6 +20,7 @@ from shear_backends.never_routed import routing_by, split
 from shear_backends.precision import Fill, InPrecision, Masks, bare_copy
 from shear_ir.errors import PlanError
 from shear_ir.frontend.adapters import find_adapters
+from shear_ir.frontend.feeds import with_tensors
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.plans import Kept, Plan
 from shear_passes.rewrite.rescale_gains import gained, normed_dims
@@ -114,8 +115,12 @@ class Side:
 
 def _raised(feed: Inputs, dtype: torch.dtype | None) -> Inputs:
     """``feed`` with what has a lower precision in ``dtype``."""
-    low = {n: t for n, t in feed.items() if dtype and t.is_floating_point() and t.dtype.itemsize < dtype.itemsize}
-    return {**feed, **{name: t.to(dtype) for name, t in low.items()}}
+
+    def raised(tensor: Tensor) -> Tensor:
+        low = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
+        return tensor.to(dtype) if low else tensor
+
+    return with_tensors(feed, raised)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shear_backends.sides import Call
 from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 
 
@@ -24,13 +25,13 @@ class Trial:
     @property
     def size(self) -> tuple[int, ...]:
         """The shape of the main input."""
-        return tuple(next(iter(self.feed.values())).shape)
+        return tuple(next(iter(tensors_in(self.feed).values())).shape)
 
 
 def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
     """The tensors a model predicts with, caches off."""
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return tensors_of(model(**feed, **fixed))
+    return tensors_of(call(model, feed, **fixed))
 
 
 def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
@@ -45,8 +46,8 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
 
 
 def _asked(feed: Inputs) -> Trial:
-    return Trial("x".join(map(str, next(iter(feed.values())).shape)), feed, run)
+    return Trial("x".join(map(str, next(iter(tensors_in(feed).values())).shape)), feed, run)
 
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:
-    return {name: value.to(device_of(model)) for name, value in feed.items()}
+    return with_tensors(feed, lambda tensor: tensor.to(device_of(model)))

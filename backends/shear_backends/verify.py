@@ -10,7 +10,6 @@ carried over to float64.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from shear_backends.tried import Trial, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
 from shear_ir.frontend.kept import forget_kept
+from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import Kept, Plan
 from shear_passes.rewrite.rescale_gains import gained
 
@@ -192,7 +192,7 @@ def masked(
     memo: dict[int, Any] = {}
     for name, tensor in named.items():
         memo[id(tensor)] = _zeroed(name, tensors[name], kept[name]) if name in kept else tensors[name]
-    reference = copy.deepcopy(model, memo)
+    reference = copied(model, memo)
     forget_kept(reference)
     astray = next((name for name, dim in (routers or {}).items() if dim not in kept.get(name, {})), None)
     if astray is not None:
