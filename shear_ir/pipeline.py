@@ -24,7 +24,7 @@ from shear_backends.verify import Report, evaluation, run
 from shear_backends.verify import verify as _verify
 from shear_ir.errors import PlanError
 from shear_ir.frontend.adapter_files import adapter_tensors, base_of
-from shear_ir.frontend.base import base_view, has_adapters, plain_base
+from shear_ir.frontend.base import base_view, has_adapters, plain_base, unwrapped
 from shear_ir.frontend.export import trace as _trace
 from shear_ir.frontend.feeds import alike, given_inputs, placed, remember
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -55,6 +55,7 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
     when None. What is done with the model later uses them too, unless it is told otherwise. ``dynamic``: keep batch and
     length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
     """
+    model = unwrapped(model)
     program = raise_lora(_trace(model, inputs, dynamic=dynamic))
     stands_for(program, model)
     if inputs is not None:
@@ -105,6 +106,8 @@ def shear(
 ) -> nn.Module:
     """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
 
+    What wraps a model (DataParallel, DistributedDataParallel, torch.compile) is taken off first.
+
     A PEFT model keeps its adapters, cut like their base; its plan may also be one that was made for its base alone.
     ``merge``: merge the active adapters (in fp32) and return a model of the base's class. ``model`` is left as it is
     and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the
@@ -114,6 +117,7 @@ def shear(
         raise PlanError(f"there is no backend '{backend}'; there are module and graph")
     if merge and (backend == "graph" or not has_adapters(model)):
         raise PlanError("there are no adapters to merge" if backend == "module" else "the graph backend merges nothing")
+    model = unwrapped(model)
     given = given_inputs(model) if inputs is None else as_inputs(model, inputs)
     with unchanged(model):
         small = _sheared(model, plan, backend, given, merge)
@@ -151,6 +155,7 @@ def _fed(program: Program, model: nn.Module) -> Inputs | None:
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
     """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
+    model, small = unwrapped(model), unwrapped(small)
     here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
     with unchanged(model, small):
         return _verify(model, small, here, given_inputs(model) if inputs is None else inputs, seed=seed)
@@ -161,6 +166,7 @@ def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program
 
     Raises ``PlanError`` when it is neither.
     """
+    model = unwrapped(model)
     program = _program(model, inputs)
     if program.digest != plan.digest and has_adapters(model):
         base = trace(plain_base(model), given_inputs(model) if inputs is None else inputs)
@@ -171,6 +177,7 @@ def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program
 
 def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
     """Write a sheared model; ``Saved.stock`` says whether stock transformers loads it with identical outputs."""
+    model = unwrapped(model)
     with unchanged(model):
         return store.save(model, out, source=source, force=force)
 

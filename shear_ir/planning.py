@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from functools import partial, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.base import has_adapters
 from shear_ir.frontend.feeds import inputs_of
 from shear_ir.frontend.inputs import device_of
+from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import AnalysisManager
 from shear_ir.pipeline import analyses, groups, model_of, shear, stands_for
 from shear_ir.plans import Costs, Plan
@@ -32,6 +34,9 @@ from shear_passes.select import SelectBlocks, SelectByRatio, Selection, selectio
 from shear_passes.select.build import removed_by
 from shear_passes.select.by_ratio import Budget
 from shear_passes.select.choose import DEFAULT_KINDS, choose
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MEASURED = 2
 """Batches of data that a budget of latency is measured on."""
@@ -52,6 +57,20 @@ class Known(Importance):
         return self.scores
 
 
+def _leaving_the_model(function: Callable[P, R]) -> Callable[P, R]:
+    """``function`` of a program, after which the traced model is what it was."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        program: Any = args[0] if args else kwargs.get("program")
+        model = model_of(program) if isinstance(program, Program) else None
+        with nullcontext() if model is None else unchanged(model):
+            return function(*args, **kwargs)
+
+    return called
+
+
+@_leaving_the_model
 def plan(
     program: Program,
     *,
@@ -155,6 +174,7 @@ def plan(
     return _with_config(program, fork, asked, found) if stock and allocation == "uniform" else found
 
 
+@_leaving_the_model
 def scores(
     program: Program,
     *importance: Wanted,

@@ -12,9 +12,9 @@ from shear_backends.biases import with_biases as give_biases
 from shear_backends.graph import tensors_of
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
-from shear_ir.frontend.base import has_adapters
+from shear_ir.frontend.base import has_adapters, unwrapped
 from shear_ir.frontend.feeds import inputs_of
-from shear_ir.frontend.unchanged import copied
+from shear_ir.frontend.unchanged import copied, unchanged
 from shear_ir.pipeline import analyses, groups, planned_program, trace
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -44,6 +44,7 @@ def repair(
     alone stays bit for bit. Raises ``PlanError`` for a plan of another model, adapters that are not merged, and
     repairs that the model has no room for.
     """
+    model = unwrapped(model)
     _require_merged(model)
     program = planned_program(model, plan, inputs)
     return Repairs(model, program, [named(each) for each in repairs] or [LeastSquares()], data, progress)(plan)
@@ -58,7 +59,8 @@ class Repairs:
     ) -> None:  # fmt: skip
         self.model, self.repairs, self.groups = model, repairs, groups(program)
         self.manager = prepared(analyses(program), [], weights=None, model=model, data=data, progress=progress)
-        collect([each.statistics() for each in repairs], self.manager)
+        with unchanged(model):
+            collect([each.statistics() for each in repairs], self.manager)
 
     def __call__(self, plan: Plan) -> nn.Module:
         """A copy of the model, repaired for ``plan``."""
@@ -76,6 +78,7 @@ def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:
     The same function in another architecture, which its config class has to have a switch for (Llama: attention_bias,
     mlp_bias). Make the plan for that copy. Raises ``PlanError`` where there is no such switch.
     """
+    model = unwrapped(model)
     _require_merged(model)
     found = groups(trace(model, inputs))
     consumers = analyses(found.program).get(FindConsumers())
@@ -94,6 +97,7 @@ def rotate(
     values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",), importance="order"``. Stock
     classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
     """
+    model = unwrapped(model)
     _require_merged(model)
     if any(p.is_meta for p in model.parameters()):
         raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there is nothing to rotate")

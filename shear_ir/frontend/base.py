@@ -36,6 +36,17 @@ def has_adapters(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) or any(_wrapped(module) is not None for module in model.modules())
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """``model`` without what runs it on several devices or compiled: the module that owns its parameters' names."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := vars(model).get("_modules", {}).get("_orig_mod"), nn.Module):  # torch.compile
+            model = inner
+        else:
+            return model
+
+
 def base_view(model: nn.Module) -> BaseView:
     """The names of the base of ``model``."""
     modules: dict[str, tuple[str, ...]] = {}

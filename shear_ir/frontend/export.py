@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
+import io
 import logging
 import re
 import warnings
@@ -28,6 +30,9 @@ from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
 
 _ROOT = "root"
 _LARGEST_OPAQUE = 0.5  # of the parameters: beyond it, a model that was traced would not be one that can be pruned
+_CALLS = ("_call_impl", "_wrapped_call_impl", "__call__")
+_LISTED = ("past_key_values", "hidden_states", "attentions")
+_KEPT = ("past_key_values", "mems", "state", "cache_params")
 _KINDS: dict[InputKind, TensorKind] = {
     InputKind.PARAMETER: "parameter",
     InputKind.BUFFER: "buffer",
@@ -66,18 +71,31 @@ class _Logits(nn.Module):
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
-    """The tensors of a model's output that prediction uses: the logits alone where there are logits."""
+    """The tensors of a model's output that count: all, but for caches and states and attentions that are listed.
+
+    Beside logits, those are floating-point numbers, and no state of an encoder either.
+    """
     if isinstance(output, Tensor):
         return (output,)
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):
+        output = vars(output)
     if isinstance(output, dict):
-        if isinstance(output.get("logits"), Tensor):
-            return (output["logits"],)
-        values = [v for k, v in output.items() if k not in ("past_key_values", "hidden_states", "attentions")]
-    elif isinstance(output, (tuple, list)):
-        values = list(output)
-    else:
-        values = []
+        logits = isinstance(output.get("logits"), Tensor)
+        named = {str(name): value for name, value in output.items()}
+        if not logits:
+            return _tensors([v for name, v in named.items() if name not in _LISTED])
+        rest = _tensors([v for n, v in named.items() if n != "logits" and not _is_beside(n)])
+        return (output["logits"], *(t for t in rest if t.is_floating_point()))
+    return _tensors(list(output)) if isinstance(output, (tuple, list)) else ()
+
+
+def _tensors(values: Sequence[Any]) -> tuple[Tensor, ...]:
     return tuple(t for value in values for t in tensors_of(value))
+
+
+def _is_beside(name: str) -> bool:
+    """Whether an output beside logits only shows what they were made from, or is kept for the next call."""
+    return name in _KEPT or any(part in name for part in ("hidden_state", "attentions"))
 
 
 def _export(model: nn.Module, feed: Inputs, dynamic: bool) -> ExportedProgram:
@@ -179,8 +197,9 @@ def _failing_modules(model: nn.Module, failure: Exception) -> list[tuple[str, nn
     frame = failure.__traceback__
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
-        running = frame.tb_frame.f_code.co_name == "forward"
-        if running and isinstance(owner, nn.Module) and paths.get(id(owner)):
+        running = frame.tb_frame.f_code.co_name not in _CALLS  # forward, or what was put around it
+        known = running and isinstance(owner, nn.Module) and bool(paths.get(id(owner)))
+        if known and (not found or found[-1][1] is not owner):
             found.append((paths[id(owner)], owner))
         frame = frame.tb_next
     return found
@@ -194,7 +213,8 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     """
     silent = logging.root.manager.disable
     try:
-        with unchanged(model), warnings.catch_warnings():
+        # torch prints the graph that it could not finish.
+        with unchanged(model), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             forget_kept(model)
             model.eval()
             logging.disable(max(silent, logging.ERROR))
