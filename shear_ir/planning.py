@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import Any, Literal, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -35,9 +34,6 @@ from shear_passes.select.build import removed_by
 from shear_passes.select.by_ratio import Budget
 from shear_passes.select.choose import DEFAULT_KINDS, choose
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 MEASURED = 2
 """Batches of data that a budget of latency is measured on."""
 
@@ -57,20 +53,6 @@ class Known(Importance):
         return self.scores
 
 
-def _leaving_the_model(function: Callable[P, R]) -> Callable[P, R]:
-    """``function`` of a program, after which the traced model is what it was."""
-
-    @wraps(function)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
-        program: Any = args[0] if args else kwargs.get("program")
-        model = model_of(program) if isinstance(program, Program) else None
-        with nullcontext() if model is None else unchanged(model):
-            return function(*args, **kwargs)
-
-    return called
-
-
-@_leaving_the_model
 def plan(
     program: Program,
     *,
@@ -174,7 +156,6 @@ def plan(
     return _with_config(program, fork, asked, found) if stock and allocation == "uniform" else found
 
 
-@_leaving_the_model
 def scores(
     program: Program,
     *importance: Wanted,
@@ -211,7 +192,8 @@ def _by_latency(
     if model is None or device_of(model).type == "meta":
         raise PlanError("a budget of latency is measured, and there are no weights to run: trace a model that has them")
     feeds = [as_feed(model, batch) for batch in data[:MEASURED]] if data else [inputs_of(model)]
-    found = by_latency(ratio, lambda share: within(ratio=share), lambda each: shear(model, each), model, feeds)
+    with unchanged(model):
+        found = by_latency(ratio, lambda share: within(ratio=share), lambda each: shear(model, each), model, feeds)
     return as_options(found, ratio, feeds, bool(data), model)
 
 

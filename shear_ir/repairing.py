@@ -14,7 +14,7 @@ from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters, unwrapped
 from shear_ir.frontend.feeds import inputs_of
-from shear_ir.frontend.unchanged import copied, unchanged
+from shear_ir.frontend.unchanged import copied
 from shear_ir.pipeline import analyses, groups, planned_program, trace
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -59,8 +59,7 @@ class Repairs:
     ) -> None:  # fmt: skip
         self.model, self.repairs, self.groups = model, repairs, groups(program)
         self.manager = prepared(analyses(program), [], weights=None, model=model, data=data, progress=progress)
-        with unchanged(model):
-            collect([each.statistics() for each in repairs], self.manager)
+        collect([each.statistics() for each in repairs], self.manager)
 
     def __call__(self, plan: Plan) -> nn.Module:
         """A copy of the model, repaired for ``plan``."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import shear_ir as sir
+from shear_ir.frontend.export import tensors_of
 
 
 class Mismatched(nn.Module):
@@ -74,3 +77,97 @@ def test_what_is_written_to_beside_a_mapped_function_is_no_output(parameter: boo
 
     with pytest.raises(sir.TraceError, match="beside a vmap, seen is written to in place"):
         sir.trace(Counting(), torch.randn(4, 7, 3))
+
+
+class Chain(nn.Module):
+    """Up and down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 13), nn.Linear(13, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.up(x).relu())
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        return nn.parallel.DistributedDataParallel(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, distributed])
+@pytest.mark.parametrize("backend", ["graph", "module"])
+def test_what_wraps_a_model_is_taken_off(wrap: Callable[[nn.Module], Any], backend: Literal["graph", "module"]) -> None:
+    model, x = Chain().eval(), torch.randn(2, 5)
+    wrapped = wrap(model)
+    plan = sir.plan(sir.trace(wrapped, x), ratio=0.3)
+    assert set(plan.kept) == {"up.weight", "up.bias", "down.weight"}
+    small = sir.shear(wrapped, plan, backend=backend)
+    assert isinstance(small, torch.fx.GraphModule if backend == "graph" else Chain)
+    sir.verify(wrapped, small, plan).raise_if_unsound()
+
+
+class Penalised(Chain):
+    """Another output beside the logits, which is a softmax over the hidden channels."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.up(x)
+        return {
+            "logits": self.down(hidden.relu()),
+            "penalty": hidden.softmax(-1).square().mean(),
+            "hidden_states": (hidden,),
+            "past_key_values": hidden,
+            "choice": hidden.argmax(-1),
+        }
+
+
+def test_outputs_beside_logits_count_but_for_caches_and_listed_states() -> None:
+    model, x = Penalised().eval(), torch.randn(2, 5)
+    found = tensors_of(model(x))
+    assert [tuple(t.shape) for t in found] == [(2, 3), ()]
+    assert torch.equal(found[1], model(x)["penalty"])
+    groups = sir.groups(sir.trace(model, x))
+    (hidden,) = [g for g in groups if g.size == 13]
+    assert not hidden.prunable
+    assert "softmax" in hidden.reason
+
+
+def test_states_of_an_encoder_are_no_output() -> None:
+    (logits,) = tensors_of({"logits": torch.randn(2, 3), "encoder_last_hidden_state": torch.randn(2, 5)})
+    assert logits.shape == (2, 3)
+
+
+def test_rotary_frequencies_that_follow_the_length_are_a_call_of_their_own(capfd: pytest.CaptureFixture[str]) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=53, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=3, max_position_embeddings=64,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    plan = sir.plan(sir.trace(model), ratio=0.1, importance="order")
+    assert capfd.readouterr() == ("", "")
+    assert {cut.kind for cut in plan.cuts} == {"ffn", "kv_head"}
+    small = sir.shear(model, plan)
+    sir.verify(model, small, plan).raise_if_unsound()
+
+
+class Deciding(nn.Module):
+    """Branches on what it computes, at the root, where there is nothing left to prune without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.up(x)
+        return hidden * 2 if hidden.sum() > 0 else hidden
+
+
+def test_a_forward_that_branches_on_data_is_refused_in_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(sir.TraceError, match="Deciding cannot be traced") as failure:
+        sir.trace(Deciding(), torch.randn(2, 5))
+    assert "\n" not in str(failure.value)
+    assert capfd.readouterr() == ("", "")

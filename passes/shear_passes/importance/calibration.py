@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shear_ir.errors import PlanError, ShearError
 from shear_ir.frontend.inputs import Inputs, device_of
 from shear_ir.frontend.sentences import sentence
+from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 
@@ -86,7 +87,7 @@ class Calibration:
         """
         total = len(self.batches) if isinstance(self.batches, Sized) else None
         seen = 0
-        with _as_it_was(self.model), ExitStack() as hooks:
+        with unchanged(self.model), _as_it_was(self.model), ExitStack() as hooks:
             parts = self._parts(observers)
             for view, watching, _ in parts:
                 hooks.callback(view.takers.clear)
