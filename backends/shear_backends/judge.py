@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_backends.graph import graph_module, tensors_of
 from shear_backends.structure import first_difference
@@ -148,11 +149,9 @@ class Judge:
                 dense = _in_double(self.model, draw)
                 feed = with_tensors(self.feed, lambda t: t.double() if t.is_floating_point() else t)
                 there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
-                expected = self._expected(dense, there, feed)
-                with evaluation(dense), torch.no_grad():
-                    before = run(dense, feed)
                 small = made(dense)
-                with evaluation(small), torch.no_grad():
+                with evaluation(dense), evaluation(small), torch.no_grad(), _Double():
+                    expected, before = self._expected(dense, there, feed), run(dense, feed)
                     gap = difference(expected, run(small, feed))
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
                 self.why = self.why or f" ({type(failure).__name__}: {failure})"
@@ -188,6 +187,15 @@ class Judge:
                 "anything is removed: its forward draws random numbers or takes another way under torch.export; pass "
                 "inputs that leave it no choice, such as its masks"
             )
+
+
+class _Double(TorchDispatchMode):
+    """Computes in double precision what forward asks to be computed in single, as norms do of themselves."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        doubled = [torch.float64 if a is torch.float32 else a for a in args]
+        named = {n: torch.float64 if a is torch.float32 else a for n, a in (kwargs or {}).items()}
+        return func(*doubled, **named)
 
 
 def not_possible(groups: Groups, plan: Plan) -> str:
