@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,12 @@ BUDGETS: dict[Budget, str] = {
 
 Wanted = Callable[[float], Mapping[Group, float]]
 """From a share, 0 for nothing and 1 for as much as can go, to how many units should stay of each group, unrounded."""
+
+_NEAR = 0.005
+"""How far from the ratio what goes may be before some groups keep a step more or less than their share."""
+
+_FEW = 32
+"""Classes of groups for which single steps are tried."""
 
 # A group of these is a few large units, which no kernel wants in multiples.
 _COUNTED = (*HEAD_KINDS, "expert", "block")
@@ -80,6 +87,10 @@ class SelectByRatio(Selection):
     def counts(self, analyses: AnalysisManager) -> dict[Group, int]:
         """How many units stay of each chosen group; raises as ``run`` does."""
         return self._solver(analyses).solve()
+
+    def alike(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups that keep equal numbers of units; each by itself here."""
+        return [[group] for group in groups]
 
     def _solver(self, analyses: AnalysisManager) -> _Solver:
         self._check()
@@ -179,6 +190,11 @@ class _Solver:
         if finest is not None:
             fine = self._bisect(lambda share: self._mixed(fixed, share, finest), target)
             result = self._mixed(fixed, fine, finest)
+        movable = [g for g in self.groups if finest in (None, g.kind)]
+        common = result
+        result = self._nearer(result, common, self.asked.alike(movable), target)
+        # No config tells the channels of single convolutions: where equal ones are too coarse, they part.
+        result = self._nearer(result, common, [[g] for g in movable if g.kind == "conv_channel"], target)
         if all(result[g] == g.size for g in self.groups):
             raise TooLittle(
                 f"a ratio of {self.asked.ratio} removes nothing: the smallest step, one unit in every layer "
@@ -199,11 +215,13 @@ class _Solver:
             )
 
     def _notable(self, counts: Mapping[Group, int], target: float) -> bool:
-        """Whether what goes misses the target by more than one step of one group, and enough to be seen."""
+        """Whether what goes misses the target by more than one step of one group or a tenth, and enough to be seen."""
         miss = abs(self.total - self._cost(counts) - target)
         if miss <= _UNNOTICED * self.total:
             return False
-        return miss > min(cost / len(self._alike[over]) for over, cost in self._step_costs(counts).items())
+        return miss > target / 10 or miss > min(
+            cost / len(self._alike[over]) for over, cost in self._step_costs(counts).items()
+        )
 
     def _step_costs(self, counts: Mapping[Group, int]) -> dict[tuple[str, int], int]:
         """What a step costs in all groups of a kind and size."""
@@ -226,6 +244,37 @@ class _Solver:
     def _moved(self, counts: Mapping[Group, int], over: tuple[str, int], by: int) -> int:
         """What the cost grows by when the groups of this kind and size keep a step more, or less."""
         return self._cost(self._shifted(counts, over, by)) - self._cost(counts)
+
+    def _gone(self, counts: Mapping[Group, int]) -> int:
+        return self.total - self._cost(counts)
+
+    def _nearer(
+        self, start: dict[Group, int], common: Mapping[Group, int], classes: list[list[Group]], target: float
+    ) -> dict[Group, int]:
+        """``start`` with some classes one step off the ``common`` share, as few as come near enough to the target."""
+        enough = _NEAR * self.total
+        result, miss = start, abs(self._gone(start) - target)
+        for _ in range(len(classes) if len(classes) <= _FEW else 0):
+            if miss <= enough:
+                break
+            moves = list(self._moves(result, classes))
+            if len(classes) <= _FEW // 4:
+                moves += [both for one in moves for both in self._moves(one, classes)]
+            near = [m for m in moves if all(abs(m[g] - common[g]) <= self._steps[g.kind] for g in m)]
+            misses = [abs(self._gone(m) - target) for m in near]
+            # The first of the fewest moves, where several are near enough.
+            at = min(range(len(near)), key=lambda i: max(misses[i], enough), default=None)
+            if at is None or misses[at] >= miss:
+                break
+            result, miss = near[at], misses[at]
+        return result
+
+    def _moves(self, counts: Mapping[Group, int], classes: Sequence[Sequence[Group]]) -> Iterator[dict[Group, int]]:
+        """``counts`` with one step more or less of all groups of one class."""
+        for alike, sign in itertools.product(classes, (-1, 1)):
+            moved = {g: counts[g] + sign * self._steps[g.kind] for g in alike}
+            if all(self._round(g, n) == n for g, n in moved.items()):
+                yield {**counts, **moved}
 
     def _too_much(self, most: float) -> str:
         steps = max(self._steps.values())

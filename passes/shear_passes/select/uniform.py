@@ -18,3 +18,10 @@ class SelectUniform(SelectByRatio):
     def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
         """Scores do not matter: they say which units go, not how many."""
         return lambda share: {g: (1.0 - share) * g.size for g in groups}
+
+    def alike(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """Those of one kind and size, whose number stands in a config once."""
+        classes: dict[tuple[str, int], list[Group]] = {}
+        for group in groups:
+            classes.setdefault((group.kind, group.size), []).append(group)
+        return list(classes.values())
