@@ -45,7 +45,8 @@ class Record:
 
     ``plan``: all cuts so far as one. ``config``: the dense model's config. ``attributes``, ``norms``, ``gathers``,
     ``fits``: what differs from the dense modules beside the tensors. ``stock``: whether the model's own config builds
-    it. ``proof``: what structure said when it was made, of modules that were in ``state``.
+    it. ``proof``: what structure said when it was made, of modules that were in ``state``. ``skeleton``: the dense
+    model without the numbers of its weights, for classes that no config builds.
     """
 
     plan: Plan
@@ -57,6 +58,26 @@ class Record:
     fits: tuple[Fit, ...] = ()
     proof: Structure | None = None
     state: int = 0
+    skeleton: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        """Itself: nothing of it changes."""
+        return self
+
+
+def of_transformers(model: nn.Module) -> bool:
+    """Whether the class of ``model`` can be found again by its name and built from its config."""
+    return _config_of(model) is not None and type(model).__module__.startswith("transformers.")
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` whose parameters and saved buffers are on the meta device."""
+    state = {id(t) for t in model.state_dict(keep_vars=True).values()}
+    empty = {id(t): t.detach().to("meta") for t in tensors_of(model).values() if id(t) in state}
+    kept = {id(p): nn.Parameter(empty[id(p)], p.requires_grad) for p in model.parameters() if id(p) in empty}
+    skeleton = copy.deepcopy(model, {**empty, **kept})
+    vars(skeleton).pop(RECORD, None)
+    return skeleton
 
 
 def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> nn.Module:
@@ -262,9 +283,11 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
 def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
     """``small`` with its record attached, joined with that of earlier cuts."""
     stock = recipe.config is not None
+    found_again = RECORD in vars(model) or of_transformers(model) or hasattr(model, "peft_config")
+    skeleton = None if found_again else skeleton_of(model)
     record = Record(
         plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers, recipe.fits, recipe.proof,
-        state_of(small),
+        state_of(small), skeleton,
     )  # fmt: skip
     # Not getattr: a PEFT model answers with what its base has.
     first: Record | None = vars(model).get(RECORD)
@@ -277,6 +300,7 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
             record,
             plan=first.plan.then(plan),
             config=first.config,
+            skeleton=first.skeleton,
             stock=first.stock and record.stock,
             attributes=merged,
             norms=(*first.norms, *record.norms),

@@ -20,6 +20,7 @@ from shear_ir.plans import Plan, write_text
 from shear_passes.rewrite.rescale_norm import NormFix
 
 RECORD_FILE = "shear_ir.json"
+PLAN_FILE = "plan.json"
 
 
 class _Strict(BaseModel):
@@ -53,7 +54,12 @@ class _FitDocument(_Strict):
 
 
 class RecordDocument(_Strict):
-    """The file that says how a sheared model came about; the plan lies beside it."""
+    """The file that says how a sheared model came about; the plan lies beside it.
+
+    ``sheared``: False for a model that came without a record of a cut and lies there as its class saves it.
+    ``shapes``: of tensors that were given another size after the cut. ``casts``: the precision of buffers that the
+    class computes in another one.
+    """
 
     format: Literal["shear-ir record 1"]
     model_class: str
@@ -64,6 +70,9 @@ class RecordDocument(_Strict):
     gathers: list[_GatherDocument]
     fits: list[_FitDocument] = []
     exchanged: list[str] = []
+    sheared: bool = True
+    shapes: dict[str, list[int]] = {}
+    casts: dict[str, str] = {}
 
     def record(self, plan: Plan) -> Record:
         """The record of the file, with the plan that lies beside it."""
@@ -75,10 +84,23 @@ class RecordDocument(_Strict):
         )  # fmt: skip
 
 
-def write_record(folder: Path, model: nn.Module, record: Record, exchanged: Sequence[str] = ()) -> None:
-    """Write the record of ``model`` into ``folder``; ``exchanged``: modules that its forward put in place of others."""
+def write_record(folder: Path, document: RecordDocument) -> None:
+    """Write the record into ``folder``."""
+    write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
+
+
+def plain_document(model: nn.Module) -> RecordDocument:
+    """The document of a model that came without a record."""
+    return RecordDocument(
+        format="shear-ir record 1", model_class=type(model).__name__, stock=True, config=None, attributes={}, norms=[],
+        gathers=[], sheared=False,
+    )  # fmt: skip
+
+
+def document_of(model: nn.Module, record: Record, exchanged: Sequence[str] = ()) -> RecordDocument:
+    """The document of ``record``; ``exchanged``: modules of ``model`` that its forward put in place of others."""
     attributes: Overrides = {path: dict(values) for path, values in record.attributes.items()}
-    document = RecordDocument(
+    return RecordDocument(
         format="shear-ir record 1",
         model_class=type(model).__name__,
         stock=record.stock,
@@ -89,14 +111,17 @@ def write_record(folder: Path, model: nn.Module, record: Record, exchanged: Sequ
         fits=[_FitDocument(**asdict(f)) for f in record.fits],
         exchanged=list(exchanged),
     )
-    write_text(folder / RECORD_FILE, document.model_dump_json(indent=1))
 
 
 def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A config as JSON types: dtypes as their names."""
     if config is None:
         return None
-    return {k: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else v for k, v in config.items()}
+    return {
+        key: _plain(value) if isinstance(value, dict) else str(value).removeprefix("torch.")
+        if isinstance(value, torch.dtype) else value
+        for key, value in config.items()
+    }  # fmt: skip
 
 
 def require_sheared(folder: Path) -> None:
