@@ -219,6 +219,8 @@ def longer(model: nn.Module, feed: Inputs) -> Iterator[Inputs]:
     now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
     numbers = sorted(n for n in numbers_of(model) if now <= n <= _LONGEST)
     below, above = -1, len(numbers)
+    if numbers and _runs(model, feed, _prime(numbers[-1] + 1, 1)):  # as where positions are rotated
+        below = above - 1
     while above - below > 1:  # what is too long stays so when it is longer
         middle = (below + above) // 2
         if _runs(model, feed, _prime(numbers[middle] + 1, 1)):

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -51,8 +51,10 @@ class Job:
     last: dict[str, Any] = field(default_factory=dict)
 
 
-def run_all(names: Sequence[str], jobs: int, limit: float, memory: int) -> Iterator[dict[str, Any]]:
-    """Answers as they come; on Ctrl-C no process is left behind."""
+def run_all(
+    names: Sequence[str], jobs: int, limit: float, memory: int, answer_to: Callable[[str, int, Any], None]
+) -> Iterator[dict[str, Any]]:
+    """Answers as they come; on Ctrl-C no process is left behind. ``answer_to`` sends those about a name to a pipe."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tools.bench.coverage_server"])
     waiting: list[str] = list(reversed(names))
@@ -60,7 +62,7 @@ def run_all(names: Sequence[str], jobs: int, limit: float, memory: int) -> Itera
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(start(context, waiting.pop(), memory))
+                running.append(start(context, waiting.pop(), memory, answer_to))
             for job in list(running):
                 answer = answer_of(job, limit)
                 if answer is not None:
@@ -72,12 +74,10 @@ def run_all(names: Sequence[str], jobs: int, limit: float, memory: int) -> Itera
             job.process.kill()
 
 
-def start(context: Any, name: str, memory: int) -> Job:
+def start(context: Any, name: str, memory: int, answer_to: Callable[[str, int, Any], None]) -> Job:
     """The process of one architecture."""
-    from tools.bench import coverage_one
-
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=coverage_one.answer_to, args=(name, memory, sending), daemon=True)
+    process = context.Process(target=answer_to, args=(name, memory, sending), daemon=True)
     process.start()
     sending.close()
     return Job(name, process, receiving)
@@ -316,10 +316,12 @@ def main(
 
 
 def _measure(missing: Sequence[str], store: Store, jobs: int, limit: float, memory: int) -> None:
+    from tools.bench import coverage_one
+
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:
         bar = progress.add_task("architectures", total=len(missing))
-        for answer in run_all(missing, jobs, limit, memory):
+        for answer in run_all(missing, jobs, limit, memory, coverage_one.answer_to):
             store.put(answer)
             progress.console.print(fresh(answer), markup=False, highlight=False)
             progress.advance(bar)

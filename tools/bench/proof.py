@@ -1,0 +1,184 @@
+"""What decides that modules compute the sheared program, over transformers' architectures: docs/coverage/proof.md.
+
+    python tools/bench/proof.py                       # all of them; about half an hour on two cores
+    python tools/bench/proof.py --only 'causal/*'     # goes on where it was; --again measures anew
+    python tools/bench/proof.py --table               # the table of what is there, nothing is run
+
+Every architecture is built tiny and random, cut in channels and heads by the module backend, in float32 and in
+bfloat16, and compared with the masked original by numbers; proof by structure is asked for each. Each runs in a
+process of its own, and its answer is kept as a file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+for part in ("backends", "passes", "."):
+    sys.path.insert(0, str(ROOT / part))
+
+Answer = Mapping[str, Any]
+console = Console()
+
+
+def stages(name: str) -> Iterator[dict[str, Any]]:
+    """The answer about one architecture, as it grows; ``done`` says that there is no more."""
+    import torch
+
+    from tools.bench import coverage_one
+
+    answer: dict[str, Any] = {"name": name}
+    try:
+        answer["class"] = coverage_one.class_of(name).__name__
+        model, refusal = coverage_one.build(name)
+        if refusal:
+            raise coverage_one.NotBuilt(refusal)
+        yield answer
+        for dtype in (torch.float32, torch.bfloat16):
+            answer[str(dtype).removeprefix("torch.")] = _cut(model.to(dtype))
+            yield answer
+    except Exception as failure:  # what the table has to say of it
+        answer["failure"] = coverage_one.line(failure)
+    yield answer | {"done": True}
+
+
+def _cut(model: Any) -> dict[str, Any]:
+    """Cut ``model`` by the module backend; what decided, and what numbers say."""
+    import shear_ir as sir
+    from shear_passes.analysis.cost import MeasureCosts
+    from shear_passes.select.build import build_plan
+    from tools.bench.coverage_one import COLUMNS, able, line, units
+
+    try:
+        program = sir.trace(model)
+        found = sir.groups(program)
+        kept: dict[Any, Any] = {}
+        for kinds in COLUMNS.values():
+            first = next((k for k in kinds if any(g.kind == k and able(g) for g in found)), None)
+            kept |= {g: units(g) for g in found if g.kind == first and able(g)}
+        if not kept:
+            return {"refused": "nothing to cut"}
+        plan = build_plan(found, sir.analyses(program).get(MeasureCosts()), kept)
+        small = sir.shear(model, plan)
+        record: Any = small.shear_record
+        made = {"stock": record.stock, "structure": record.proof.equal, "lengths": record.proof.lengths}
+        made["why"] = record.proof.why
+        report: Any = sir.verify(model, small, plan)
+        return made | {"sound": report.sound, "gap": report.gap, "noise": report.noise, "bound": report.bound,
+                       "moved": report.moved}  # fmt: skip
+    except sir.ShearError as failure:
+        return {"refused": line(failure)}
+
+
+def answer_to(name: str, memory: int, pipe: Any) -> None:
+    """Send what is known of ``name`` after every stage."""
+    from tools.bench import coverage_one
+
+    coverage_one._limits(memory)
+    start = time.process_time()
+    for answer in stages(name):
+        pipe.send(answer | {"seconds": time.process_time() - start})
+    pipe.close()
+
+
+def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int) -> str:
+    """The page: the counts, then a row for each architecture."""
+    from tools.bench.coverage import table
+
+    cut = [a for a in answers if "structure" in a.get("float32", {})]
+    structure = [a for a in cut if a["float32"]["structure"]]
+    stock = [a for a in cut if a["float32"]["stock"]]
+    both = [a[d] for a in answers for d in ("float32", "bfloat16") if "sound" in a.get(d, {})]
+    alarms = [a["name"] for a in answers for d in ("float32", "bfloat16") if a.get(d, {}).get("sound") is False]
+    said = ", ".join(f"{k} {v}" for k, v in versions.items())
+    lines = [
+        "# What decides that modules compute the sheared program",
+        "",
+        f"Made by `tools/bench/proof.py` ({said}); every model tiny and random, a quarter of the channels and of the",
+        "experts and half of the heads cut by the module backend. Structure: the program of the modules is the sheared",
+        "one, call by call, at the lengths of the column. Where it is not, numbers decided, for the reason beside it.",
+        "Sound: by numbers, against the masked original, in float64.",
+        "",
+        f"- {len(answers)} of {total} architectures were tried, {len(cut)} cut by modules",
+        f"- decided by structure: {len(structure)}; of the {len(stock)} stock ones:"
+        f" {sum(1 for a in stock if a['float32']['structure'])}",
+        f"- compared by numbers in float32 and bfloat16: {len(both)} models, {len(alarms)} of them called unsound"
+        + (f": {', '.join(alarms)}" if alarms else ""),
+        "",
+    ]
+    header = (
+        "architecture",
+        "class",
+        "decided by",
+        "lengths",
+        "stock",
+        "sound fp32",
+        "sound bf16",
+        "why not structure",
+    )
+    return "\n".join([*lines, *table(header, [_row(a) for a in answers]), ""])
+
+
+def _row(answer: Answer) -> list[str]:
+    single, half = answer.get("float32", {}), answer.get("bfloat16", {})
+    why = answer.get("failure") or single.get("refused") or single.get("why", "")
+    decided = "" if "structure" not in single else "structure" if single["structure"] else "numbers"
+    lengths = ", ".join("x".join(map(str, shape)) for shape in single.get("lengths", ()))
+    marks = {True: "✓", False: "**no**", None: ""}
+    return [
+        answer["name"],
+        str(answer.get("class", "")),
+        decided,
+        lengths,
+        "✓" if single.get("stock") else "",
+        marks[single.get("sound")],
+        marks[half.get("sound")],
+        str(why),
+    ]
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the answers are kept, one file each.")] = HERE / "out" / "proof",
+    docs: Annotated[Path, typer.Option(help="Where proof.md goes.")] = ROOT / "docs" / "coverage",
+    only: Annotated[list[str] | None, typer.Option(help="Globs on task/type.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 2,
+    limit: Annotated[float, typer.Option(help="Seconds for each.")] = 150.0,
+    memory: Annotated[int, typer.Option(help="GiB for each.")] = 6,
+    again: Annotated[bool, typer.Option("--again", help="Measure finished ones anew.")] = False,
+    only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
+) -> None:
+    """Measure what is missing, then write the table."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
+    from tools.bench import coverage_one, proof
+    from tools.bench.coverage import Store, run_all
+
+    everything = coverage_one.names()
+    chosen = [n for n in everything if not only or any(fnmatch.fnmatch(n, glob) for glob in only)]
+    store = Store(out)
+    missing = [] if only_table else [n for n in chosen if again or store.get(n) is None]
+    try:
+        for answer in run_all(missing, jobs, limit, memory, proof.answer_to):
+            store.put(answer)
+            console.print(" ".join(_row(answer)), markup=False, highlight=False)
+    except KeyboardInterrupt:
+        console.print("stopped: what is done is kept, and the next call goes on from there")
+        raise typer.Exit(130) from None
+    answers = [answer for n in everything if (answer := store.get(n)) is not None]
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "proof.md").write_text(markdown(answers, store.versions, len(everything)), encoding="utf-8")
+    console.print("\n".join(markdown(answers, store.versions, len(everything)).splitlines()[:12]), markup=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
