@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,11 +148,42 @@ def test_of_groups_of_experts_the_same_places_go_and_enough_stay_for_a_token() -
 
 
 def test_products_by_groups_want_channels_in_multiples_and_a_plan_says_so() -> None:
-    plan = sir.plan(family("mixtral").program, ratio=0.1, kinds=("ffn",), importance="random")
-    assert {len(c.kept) for c in plan.cuts} == {12}
+    plan = sir.plan(family("mixtral").program, ratio=0.3, kinds=("ffn",), importance="random")
+    assert {len(c.kept) for c in plan.cuts} == {8}
     assert {c.reason for c in plan.cuts} == {
-        "least by random; a multiple of 4, as the kernel for products by groups wants"
+        "least by random; a multiple of 8, as the kernel for products by groups wants"
     }
+
+
+def test_a_plan_made_in_single_precision_serves_half_precision() -> None:
+    plan = sir.plan(family("mixtral").program, ratio=0.3, kinds=("ffn",), importance="random")
+    half = copy.deepcopy(family("mixtral").model).to(torch.bfloat16)
+    small = sir.shear(half, plan)
+    sir.verify(half, small, plan).raise_if_unsound()
+    small(torch.tensor([[3, 5, 7]]))
+
+
+def test_what_no_kernel_of_a_precision_can_run_is_refused_with_a_sentence() -> None:
+    found = family("mixtral")
+    group = next(g for g in found.able("ffn") if g.size == CHANNELS)
+    plan = found.without({group: range(4)})
+    assert sir.verify(found.model, sir.shear(found.model, plan), plan).sound
+    with pytest.raises(sir.PlanError, match=r"leaves 12 of the 16 channels of ffn0, .* wants a multiple of 8 in this"):
+        sir.shear(copy.deepcopy(found.model).to(torch.bfloat16), plan)
+
+
+def test_a_note_says_what_unlike_numbers_of_experts_break() -> None:
+    found = family("mixtral")
+    first, second = found.able("expert")
+    uneven, even = found.without({first: [0, 1], second: [0]}), found.without({first: [0, 1], second: [3, 5]})
+    assert even.notes == ()
+    assert uneven.notes == (
+        "layers of 12 experts keep from 10 to 11: losses over all routers at once, as output_router_logits=True asks "
+        "for, want equal numbers; allocation='uniform' keeps them equal",
+    )
+    small = sir.shear(found.model, even)
+    feed = {**found.feed, "labels": found.feed["input_ids"]}
+    assert bool(small(**feed, output_router_logits=True).aux_loss.isfinite())
 
 
 def test_the_multiple_is_that_of_the_precision_and_of_the_way_experts_are_run() -> None:

@@ -152,7 +152,7 @@ def _least(zeros: Zeros) -> dict[Axis, int]:
 def _multiples(axes: Axes) -> dict[Axis, int]:
     """The number of units of an axis by which every dim that is aligned now may change and still be so."""
     found: dict[Axis, int] = {}
-    for dim, multiple in axes.aligned:
+    for dim, multiple, _ in axes.aligned:
         for atom in set(atoms(dim)) if dim.size % multiple == 0 else ():
             each = dim.size - evaluate(dim, lambda a, atom=atom: a.size - (a is atom))  # type: ignore[misc]
             found[atom] = math.lcm(found.get(atom, 1), multiple // math.gcd(multiple, each))

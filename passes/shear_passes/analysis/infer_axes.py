@@ -42,7 +42,8 @@ class Axes:
     ``contractions`` in graph order; ``vanish`` is each call's law; ``barriers`` are calls without a rule.
     ``rankings``: where entries along an axis are compared, for axes whose indices are chosen by that; ``numbers``: the
     dims whose indices the entries of integer values number, by node and result. ``aligned``: dims that a kernel wants
-    to be a multiple of some number.
+    to be a multiple of some number: of one that is right in half precision too, where they are now, and of one that it
+    needs in the precision of the trace.
     """
 
     program: Program
@@ -53,7 +54,7 @@ class Axes:
     barriers: Mapping[str, str]
     rankings: tuple[Ranking, ...] = ()
     numbers: Mapping[tuple[str, int], Dim] = field(default_factory=dict)
-    aligned: tuple[tuple[Dim, int], ...] = ()
+    aligned: tuple[tuple[Dim, int, int], ...] = ()
 
     @cached_property
     def from_inputs(self) -> frozenset[fx.Node]:
@@ -91,7 +92,7 @@ class Inference:
         self.vanish: dict[str, Vanish] = {}
         self.barriers: dict[str, str] = {}
         self.rankings: list[Ranking] = []
-        self.aligned: list[tuple[Dim, int]] = []
+        self.aligned: list[tuple[Dim, int, int]] = []
         # By node and result.
         self.numbers: dict[tuple[str, int], Dim] = {}
         self._entries: dict[Any, Entry | None] = {}
@@ -116,7 +117,7 @@ class Inference:
             barriers=self.barriers,
             rankings=tuple([replace(r, over=resolve(r.over)) for r in self.rankings]),
             numbers={value: resolve(dim) for value, dim in self.numbers.items()},
-            aligned=tuple([(resolve(dim), multiple) for dim, multiple in self.aligned]),
+            aligned=tuple([(resolve(dim), *multiples) for dim, *multiples in self.aligned]),
         )
 
     def _hold_unchosen(self) -> None:
@@ -192,7 +193,10 @@ class Inference:
         self.contractions.extend(site.contractions)
         self.rankings.extend(site.rankings)
         itemsize = self.program.types[node.name][0].dtype.itemsize if site.aligned else 1
-        self.aligned.extend((dim, bytes // itemsize) for dim, bytes in site.aligned)
+        for dim, bytes in site.aligned:
+            half = bytes // 2
+            needed = bytes // itemsize
+            self.aligned.append((dim, half if dim.size % half == 0 else needed, needed))
         self._follow_numbers(site)
 
     def _follow_numbers(self, site: Site) -> None:

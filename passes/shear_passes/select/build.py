@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from shear_ir.axes import Axis, Indices, Mask, atoms, mask
+from shear_ir.axes import Axis, Indices, Mask, atoms, evaluate, mask
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis
 from shear_ir.plans import Cut, Plan
@@ -61,12 +61,40 @@ def build_plan(
         names=_renames(names),
         routers=_routers(groups, masks, gone),
         gains=cut_gains(groups.program, kept_of),
+        notes=tuple(_uneven(cuts)),
     )
+
+
+def _require_aligned(groups: Groups, masks: Mapping[Axis, Mask]) -> None:
+    """Raise ``PlanError`` where a kernel could not run what is left, as in another precision than the plan's."""
+    for dim, _, needed in groups.axes.aligned:
+        left = evaluate(dim, lambda a: int(masks[a].sum()) if a in masks else a.size)
+        if dim.size % needed == 0 and left % needed:
+            cut = next(groups.label(a) for a in atoms(dim) if a in masks)
+            raise PlanError(
+                f"the plan leaves {left} of the {dim.size} channels of {cut}, and the kernel for products by groups "
+                f"wants a multiple of {needed} in this precision: plan for the model as it is, or with "
+                f"round_to={needed}"
+            )
 
 
 def _because_aligned(group: Group, count: int) -> str:
     aligned = group.multiple > 1 and count % group.multiple == 0
     return f"; a multiple of {group.multiple}, as the kernel for products by groups wants" if aligned else ""
+
+
+def _uneven(cuts: Sequence[Cut]) -> Iterator[str]:
+    """A sentence where layers that had equal numbers of experts keep unlike ones."""
+    left: dict[int, set[int]] = {}
+    for cut in cuts:
+        if cut.kind == "expert":
+            left.setdefault(cut.size, set()).add(len(cut.kept))
+    for size, counts in left.items():
+        if len(counts) > 1:
+            yield (
+                f"layers of {size} experts keep from {min(counts)} to {max(counts)}: losses over all routers at once, "
+                "as output_router_logits=True asks for, want equal numbers; allocation='uniform' keeps them equal"
+            )
 
 
 def _renames(names: Mapping[str, str]) -> dict[str, str]:
@@ -104,6 +132,7 @@ def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
     """
     plan.require(groups.program.digest)
     masks = masks_of(groups, plan.cuts)
+    _require_aligned(groups, masks)
     gone = removed_by(groups, plan)
     expected = _kept(groups, masks, gone)
     for name in dict.fromkeys((*expected, *plan.kept)):

@@ -82,7 +82,7 @@ class SelectByRatio(Selection):
         kept = {g: best(solver.scores[g], count) for g, count in counts.items()}
         costs, groups = analyses.get(MeasureCosts()), analyses.get(FindGroups())
         plan = build_plan(groups, costs, kept, options=self._options(criterion_), reason=f"least by {criterion_}")
-        return replace(plan, notes=tuple(solver.missed(counts)))
+        return replace(plan, notes=(*plan.notes, *solver.missed(counts)))
 
     def counts(self, analyses: AnalysisManager) -> dict[Group, int]:
         """How many units stay of each chosen group; raises as ``run`` does."""
