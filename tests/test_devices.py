@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from shear_passes.importance.taylor import Taylor
 from tests.pretend_device import Pretend
 from tests.training.recovering import sources
 from tests.training.tiny import adapted, base_groups, lhspg, tokens
+from tests.workflow.tiny import RECIPE, run, write_data
 from tests.zoo import FAMILIES
 
 CPU = torch.device("cpu")
@@ -204,3 +206,24 @@ def _use(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
         state._reset_state()
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", str(device))
     monkeypatch.setattr(rounds, "on_cpu", lambda device: False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_the_whole_command_runs_there(
+    pretend: Pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repair: str
+) -> None:
+    criteria = {"magnitude": 1.0, "flap": 1.0}
+    recipe = replace(
+        RECIPE, pruning=replace(RECIPE.pruning, device=None, criteria=criteria, repair=repair),
+        recovery=replace(RECIPE.recovery, device=None),
+    )  # fmt: skip
+    there = write_data(tmp_path / "data")
+    wanted = run(tmp_path / "cpu", there, recipe=recipe)
+    _use(pretend.first, monkeypatch)
+    model = llama()
+    made = run(tmp_path / "there", there, recipe=recipe, model=model)
+    assert {p.device for p in model.parameters()} == {pretend.first}
+    assert [cut.kept.tolist() for cut in made.plan.cuts] == [cut.kept.tolist() for cut in wanted.plan.cuts]
+    for name, loss in wanted.report["losses"]["tuning"].items():
+        assert made.report["losses"]["tuning"][name]["nll"] == pytest.approx(loss["nll"], rel=1e-3)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
@@ -44,23 +46,30 @@ def evaluate(
     batch: int = 8,
     bf16: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    state: PartialState | None = None,
 ) -> Loss:
     """The loss of ``model``, any causal language model, on ``rows``, where it is and in evaluation mode.
 
     ``bf16``: compute in bfloat16 by autocast; the loss itself is in float32 and summed in float64. Weights, mode and
-    cache settings are as before when it returns. Raises ``PlanError`` when no token of ``rows`` counts.
+    cache settings are as before when it returns. ``state``: processes that all measure the same model here: each takes
+    its share of the batches, and all have the same number at the end, to the last bit that of one. Raises ``PlanError``
+    when no token of ``rows`` counts.
     """
     if not bool(rows.counted[:, 1:].any()):
         raise PlanError("the rows hold no token to predict, so there is no loss to measure")
-    total, tokens = 0.0, 0
+    found: list[tuple[int, float, int]] = []
     device = _device(model)
+    starts = range(0, len(rows), batch)
+    mine = starts if state is None else starts[state.process_index :: state.num_processes]
     with _measuring(model), torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-        for start in range(0, len(rows), batch):
-            nll, count = _batch_loss(model, rows.batch(slice(start, start + batch)), device)
-            total, tokens = total + nll, tokens + count
+        for start in mine:
+            found.append((start, *_batch_loss(model, rows.batch(slice(start, start + batch)), device)))
             if progress is not None:
                 progress(min(start + batch, len(rows)), len(rows))
-    return Loss(total / tokens, tokens)
+    if state is not None and state.num_processes > 1:
+        found = sorted(gather_object(found))
+    tokens = sum(count for _, _, count in found)
+    return Loss(sum(nll for _, nll, _ in found) / tokens, tokens)
 
 
 def require_readable(model: nn.Module, sources: Mapping[str, Source | Rows]) -> None:
@@ -111,13 +120,14 @@ def evaluate_sources(
     batch: int = 8,
     bf16: bool = False,
     progress: Progress | None = None,
+    state: PartialState | None = None,
 ) -> dict[str, Loss]:
-    """The loss of ``model`` on the validation rows of each source."""
+    """The loss of ``model`` on the validation rows of each source; the options are those of ``evaluate``."""
     found = {}
     for name, source in sources.items():
         rows = source if isinstance(source, Rows) else source.validation
         each = None if progress is None else _named(progress, f"measuring {name}")
-        found[name] = evaluate(model, rows, batch=batch, bf16=bf16, progress=each)
+        found[name] = evaluate(model, rows, batch=batch, bf16=bf16, progress=each, state=state)
     return found
 
 

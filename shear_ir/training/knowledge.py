@@ -119,13 +119,14 @@ class Knowledge:
 def measure_knowledge(
     model: nn.Module, groups: Groups, loss: Callable[[nn.Module], float], *,
     kinds: Sequence[str] = KINDS, ratios: Sequence[float] = RATIOS, share: float = 0.1,
-    progress: Progress | None = None, resume: Path | None = None,
+    progress: Progress | None = None, resume: Path | None = None, keeps: bool = True,
 ) -> Knowledge:  # fmt: skip
     """Prune each prunable group alone at each ratio, by masks in place, and measure the growth of ``loss``.
 
     ``loss``: mean NLL of a model in nats per token. The least salient (magnitude) units of a group are the ones
     tried, at least one and never all. Every weight is put back bit for bit. ``resume``: a file that keeps what is
-    measured, read when it is there. Raises ``PlanError`` when nothing can be pruned or a ratio or share is no share.
+    measured, read when it is there; of several processes only one ``keeps`` it. Raises ``PlanError`` when nothing can
+    be pruned or a ratio or share is no share.
     """
     for ratio in ratios:
         if not 0.0 < ratio < 1.0:
@@ -145,7 +146,7 @@ def measure_knowledge(
             progress(1 + number * len(ratios), total)
         if group.name not in done:
             done[group.name] = _measure(model, group, loss, full, ratios)
-            if resume is not None:
+            if resume is not None and keeps:
                 Knowledge(digest, full, tuple(ratios), 0.0, tuple(done.values())).save(resume)
     if progress is not None:
         progress(total, total)

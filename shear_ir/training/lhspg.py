@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from shear_ir.errors import PlanError
@@ -29,8 +30,8 @@ class LHSPG(torch.optim.Optimizer):
     units that become zero. ``criteria`` weighs those of ``shear_ir.training.saliency`` and, by their names, those of
     ``scores``, which ``shear_ir.scores`` measured beforehand. ``compete``: only the sum of the targets over a kind
     counts and units of a kind compete across layers; at least one stays in every group. Usable in any loop:
-    ``zero_grad``, ``backward``, ``step``. Base weights change too: save ``base_tensors()`` beside ``state_dict()``.
-    Raises ``PlanError`` (see also ``Units``).
+    ``zero_grad``, ``backward``, ``step``; of several processes all of them step. Base weights change too: save
+    ``base_tensors()`` beside ``state_dict()``. Raises ``PlanError`` (see also ``Units``).
     """
 
     def __init__(
@@ -255,6 +256,7 @@ class LHSPG(torch.optim.Optimizer):
             ranks = _rank_within(group[order])
             able = order[ranks < room[order]]
             self.status[able[: self._quotas[period][kind]]] = period + 1
+        self.status = _agreed(self.status, self.units.device)
         self._index_places(period)
 
     def _index_places(self, period: int) -> None:
@@ -290,6 +292,15 @@ class _Index:
         owner, device = place.owner.cpu(), place.tensor.device
         found = [mask[owner].nonzero().flatten() for mask in (current, gone, gone & ~current)]
         return cls(place, found[0].to(device), owner[found[0]].to(sums), found[1].to(device), found[2].to(device))
+
+
+def _agreed(status: Tensor, device: torch.device) -> Tensor:
+    """That of the first process in all of them: sums on a GPU differ in the last bit, and a choice may hang on it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return status
+    told = status.to(device, torch.int32)  # not every way to send takes a narrower one
+    dist.broadcast(told, src=0)
+    return told.to(status.device, status.dtype)
 
 
 def _targeted(groups: Groups, targets: Mapping[str, int]) -> list[Any]:

@@ -13,8 +13,6 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 
@@ -24,7 +22,7 @@ from shear_ir.training.evaluate import evaluate_sources
 from shear_ir.training.journal import Journal, Round, mean, weights_digest
 from shear_ir.training.lora import as_it_was, attach, detach, finite, load_adapter, save_adapter
 from shear_ir.training.mixture import Draw, Sampler, counts, degradation, shuffled, weights
-from shear_ir.training.rounds import Diverged, arguments, train
+from shear_ir.training.rounds import Diverged, arguments, processes, train
 from shear_ir.training.settings import Recovery
 
 __all__ = ["Recovered", "Recovery", "Round", "recover"]
@@ -99,7 +97,7 @@ class _Stage:
     ) -> None:  # fmt: skip
         self.model, self.sources, self.dense, self.settings = model, sources, dense, settings
         self.folder, self.name, self.journal, self.progress = folder, name, journal, progress
-        self.state = PartialState()
+        self.state = processes(settings.device)
         self.sampler = Sampler({n: len(s.train) for n, s in sources.items()}, settings.seed, journal.drawn)
 
     def run(self) -> None:
@@ -171,15 +169,13 @@ class _Stage:
         )  # fmt: skip
 
     def _measure(self) -> dict[str, float]:
-        """NLL per source; that of the main process everywhere, so that all of them decide alike."""
+        """NLL per source, each process measuring its share; the same everywhere, so that all of them decide alike."""
         settings = self.settings
         found = evaluate_sources(
-            self.model, self.sources, batch=settings.eval_batch, bf16=settings.bf16, progress=self.progress
-        )
-        box = [{name: loss.nll for name, loss in found.items()}]
-        if self.state.num_processes > 1:
-            broadcast_object_list(box)
-        return box[0]
+            self.model, self.sources, batch=settings.eval_batch, bf16=settings.bf16, progress=self.progress,
+            state=self.state,
+        )  # fmt: skip
+        return {name: loss.nll for name, loss in found.items()}
 
     def _keep(self, number: int) -> None:
         if self.state.is_main_process:

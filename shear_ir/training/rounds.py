@@ -6,10 +6,12 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +25,10 @@ COMPLETE = "complete"
 """A file in a checkpoint folder, written last."""
 
 _LOG_EVERY = 10
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other. Torch's own ten minutes (thirty on a CPU) are over before one of them has
+cut, checked and repaired a large model; a process that has died is the launcher's to notice, and it does at once."""
 
 
 class Order(Dataset[tuple[Rows, int]]):
@@ -80,6 +86,8 @@ def arguments(settings: Recovery, folder: Path, rows: int = 1) -> TrainingArgume
         bf16=settings.bf16,
         torch_compile=settings.torch_compile,
         use_cpu=on_cpu(settings.device),
+        # Said twice: whoever is the first to ask makes the group.
+        ddp_timeout=int(PATIENCE.total_seconds()),
         dataloader_pin_memory=not on_cpu(settings.device),
         **(thrifty if settings.gradient_checkpointing else {}),
     )
@@ -92,6 +100,11 @@ def arguments(settings: Recovery, folder: Path, rows: int = 1) -> TrainingArgume
 def on_cpu(device: str | None) -> bool:
     """Whether a run on ``device``, a GPU where there is one when None, is on the CPU."""
     return device == "cpu" or not torch.cuda.is_available()
+
+
+def processes(device: str | None) -> PartialState:
+    """The processes of a run on ``device``. The first to ask says where they meet, and how long they wait."""
+    return PartialState(cpu=on_cpu(device), timeout=PATIENCE)
 
 
 def _split(made: TrainingArguments, settings: Recovery) -> TrainingArguments:

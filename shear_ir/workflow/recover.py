@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from shear_ir.plans import write_text
 from shear_ir.training.data import DataConfig, Progress, prepare
 from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
-from shear_ir.training.rounds import on_cpu
+from shear_ir.training.rounds import processes
 from shear_ir.training.settings import Recovery
 from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
@@ -70,7 +69,7 @@ def recover_stages(
     recipe = recipe or Recipe()
     place = place_of(out, work)
     settings = _settings(model, data, recipe, keep_adapters, place)
-    state = PartialState(cpu=on_cpu(recipe.recovery.device))
+    state = processes(recipe.recovery.device)
     sources = prepare(data, tokenizer, progress)
     require_readable(model, sources)
     with alone(place):
@@ -85,11 +84,14 @@ def recover_stages(
 
         def measured(name: str, load: Callable[[], nn.Module]) -> dict[str, Loss]:
             def make() -> dict[str, Any]:
-                options = {"batch": recipe.recovery.eval_batch, "bf16": recipe.recovery.bf16}
-                found = evaluate_sources(load(), sources, **options, progress=progress)  # type: ignore[arg-type]
+                options = {"batch": recipe.recovery.eval_batch, "bf16": recipe.recovery.bf16, "state": state}
+                found = evaluate_sources(load(), sources, **options, progress=progress)
                 return {source: asdict(loss) for source, loss in found.items()}
 
-            return {source: Loss(**loss) for source, loss in kept.document(f"losses-{name}.json", make).items()}
+            return {
+                source: Loss(**loss)
+                for source, loss in kept.document(f"losses-{name}.json", make, together=True).items()
+            }
 
         sheared = measured("sheared", lambda: model)
         known = measured("dense", dense) if callable(dense) else _given(dense, sheared)

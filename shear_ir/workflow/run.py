@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge, candidates, frozen_count, measure_knowledge
 from shear_ir.training.lora import require_rank
 from shear_ir.training.pruning import prune
-from shear_ir.training.rounds import arguments, on_cpu
+from shear_ir.training.rounds import arguments, processes
 from shear_ir.training.saliency import measured_names
 from shear_ir.workflow.calibration import batches_of
 from shear_ir.workflow.measure import compare_speed, sample
@@ -133,8 +132,7 @@ class _Run:
 
     def _check(self) -> None:
         """Refuse what no stage could do, before any of them begins."""
-        # The first to ask says where processes meet: on a CPU they need another backend.
-        self.state = PartialState(cpu=on_cpu(self.recipe.pruning.device))
+        self.state = processes(self.recipe.pruning.device)
         self.settings = stage_settings(self.data, self.recipe, self.place)
         arguments(self.recipe.pruning.training(), self.place)
         # Adapters of the user's own are pruned with as they are; what is left at the end has none, and is what counts.
@@ -157,14 +155,15 @@ class _Run:
 
         def make() -> dict[str, Any]:
             found = evaluate_sources(model, self.sources, **self._measuring(), progress=self.progress)
-            return {"losses": {n: asdict(loss) for n, loss in found.items()}, "sample": self._sample(model)}
+            written = self._sample(model) if self.state.is_main_process else ""
+            return {"losses": {n: asdict(loss) for n, loss in found.items()}, "sample": written}
 
-        read = self.work.document(f"losses-{name}.json", make)
+        read = self.work.document(f"losses-{name}.json", make, together=True)
         self.losses[name] = {n: Loss(**loss) for n, loss in read["losses"].items()}
         self.samples[name] = read["sample"]
 
     def _measuring(self) -> dict[str, Any]:
-        return {"batch": self.recipe.recovery.eval_batch, "bf16": self.recipe.recovery.bf16}
+        return {"batch": self.recipe.recovery.eval_batch, "bf16": self.recipe.recovery.bf16, "state": self.state}
 
     def _sample(self, model: nn.Module) -> str:
         rows = next(iter(self.sources.values())).validation
@@ -181,18 +180,20 @@ class _Run:
             made = measure_knowledge(
                 self.model, self.groups, self._loss, kinds=self.choice.kinds, ratios=asked.ratios, share=asked.freeze,
                 progress=None if told is None else lambda done, total: told("measuring knowledge", done, total),
-                resume=partial,
+                resume=partial, keeps=self.state.is_main_process,
             )  # fmt: skip
-            made.save(path)
-            partial.unlink(missing_ok=True)
+            if self.state.is_main_process:
+                made.save(path)
+                partial.unlink(missing_ok=True)
 
-        self.work.once(path.is_file(), make)
+        self.work.together(path.is_file(), make)
         return Knowledge.load(path)
 
-    def _loss(self, model: nn.Module) -> float:
+    def _loss(self, model: nn.Module, **change: Any) -> float:
         """The mean NLL of the sources on the rows that knowledge is measured on."""
         count = self.recipe.knowledge.rows
-        found = [evaluate(model, s.train.spread(count), **self._measuring()) for s in self.sources.values()]
+        options = self._measuring() | change
+        found = [evaluate(model, s.train.spread(count), **options) for s in self.sources.values()]
         return sum(each.nll for each in found) / len(found)
 
     def _target(self, frozen: tuple[str, ...], knowledge: Knowledge | None = None) -> Plan:
@@ -306,7 +307,7 @@ class _Run:
         losses = {}
         for name, model in (("trained", trained), ("repaired", repaired)):
             _to_device(model, device)
-            losses[name] = self._loss(model)
+            losses[name] = self._loss(model, state=None)  # this process is alone here
             _to_device(model, "cpu")
         taken = "repaired" if losses["repaired"] < losses["trained"] else "trained"
         told = {"name": self.recipe.pruning.repair, **losses, "taken": taken}

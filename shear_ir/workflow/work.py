@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from shear_ir.errors import PlanError, SaveError
@@ -66,10 +67,16 @@ class Work:
         """Where the artefact ``name`` lies, there or not."""
         return self.folder / name
 
-    def document(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The JSON artefact ``name``, made by the main process when it is not there."""
+    def document(self, name: str, make: Callable[[], dict[str, Any]], *, together: bool = False) -> dict[str, Any]:
+        """The JSON artefact ``name``, made by the main process when it is not there.
+
+        ``together``: all processes ``make`` it, each its share; what the main process has is written.
+        """
         path = self.path(name)
-        self.once(path.is_file(), lambda: self.write(name, make()))
+        if together:
+            self.together(path.is_file(), lambda: self._written(name, make()))
+        else:
+            self.once(path.is_file(), lambda: self.write(name, make()))
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as failure:
@@ -77,6 +84,10 @@ class Work:
         if not isinstance(read, dict):
             raise PlanError(f"{path} is no artefact of this stage: remove it, and it is made anew")
         return read
+
+    def _written(self, name: str, document: Mapping[str, Any]) -> None:
+        if self.state.is_main_process:
+            self.write(name, document)
 
     def write(self, name: str, document: Mapping[str, Any]) -> None:
         """Write the JSON artefact ``name``; for the main process, within ``once``."""
@@ -86,6 +97,15 @@ class Work:
         """Have the main process ``make`` something unless it is ``done``; returns when it is there for everybody."""
         self.state.wait_for_everyone()
         if not done and self.state.is_main_process:
+            make()
+        self.state.wait_for_everyone()
+
+    def together(self, done: bool, make: Callable[[], object]) -> None:
+        """Have all processes ``make`` something unless the main one finds it ``done``; returns when all have."""
+        told = [done]
+        if self.state.num_processes > 1:
+            broadcast_object_list(told)  # before anybody writes, and where files take a while to be seen
+        if not told[0]:
             make()
         self.state.wait_for_everyone()
 

@@ -255,10 +255,12 @@ def counted(model: nn.Module, feed: Inputs) -> int:
 
 def _labels(model: nn.Module, feed: Inputs) -> Tensor | None:
     """The labels of a batch; its own tokens for a causal language model that is given none."""
-    if "labels" in feed or not _is_causal(model) or "input_ids" not in feed:
-        return feed.get("labels")
+    given: Tensor | None = feed.get("labels")
+    if given is not None or not _is_causal(model) or "input_ids" not in feed:
+        return given
+    ids: Tensor = feed["input_ids"]
     mask = feed.get("attention_mask")
-    return feed["input_ids"] if mask is None else feed["input_ids"].masked_fill(mask == 0, IGNORED)
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
 
 
 def _rows(feed: Inputs) -> int:
