@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from shear_backends.biases import with_biases as give_biases
 from shear_backends.graph import tensors_of
+from shear_backends.untied import untied
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError
 from shear_ir.frontend.base import has_adapters, unwrapped
@@ -26,7 +28,7 @@ from shear_passes.importance.scoring import prepared
 from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.repair import FlapBias, LeastSquares, Repair
 from shear_passes.repair.rotate_heads import rotated_heads
-from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, with_plain_norms
+from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, tied_readers, with_plain_norms
 from shear_passes.select.choose import DEFAULT_KINDS
 
 Rotation = Literal["residual", "heads"]
@@ -92,7 +94,8 @@ def rotate(
     """A copy of ``model`` in another basis: the same function, in which the first units of a kind matter most.
 
     ``residual``: the stream in its principal directions over ``data`` (SliceGPT, with one basis for all blocks; RMS
-    norms only); then cut ``kinds=("residual",), importance="order"``. ``heads``: the values of each head by singular
+    norms only; embeddings that are tied to the head are untied, which costs a second table and is warned of); then cut
+    ``kinds=("residual",), importance="order"``. ``heads``: the values of each head by singular
     values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",), importance="order"``. Stock
     classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
     """
@@ -114,9 +117,10 @@ def rotate(
         raise PlanError(f"there is no rotation '{what}'; there are residual and heads")
     if data is None:
         raise PlanError("the principal directions of the stream are those of data: pass data=batches (--data FILE)")
-    found = groups(trace(model, inputs))
-    plain = with_plain_norms(_weights(model, found), found, analyses(found.program).get(FindConsumers()))
-    folded = _with(model, plain)
+    own = _untied(model, inputs)
+    found = groups(trace(own, inputs))
+    plain = with_plain_norms(_weights(own, found), found, analyses(found.program).get(FindConsumers()))
+    folded = _with(own, plain)
     found = groups(trace(folded, inputs))
     manager = prepared(
         analyses(found.program), [], weights=None, model=folded, data=data, progress=progress
@@ -124,6 +128,23 @@ def rotate(
     consumers, statistics = manager.get(FindConsumers()), manager.get(ReadStatistics(gram=True))
     turned = rotated_stream(_weights(folded, found), found, principal_basis(found, consumers, statistics))
     return _checked(model, _with(folded, turned), inputs)
+
+
+def _untied(model: nn.Module, inputs: Any) -> nn.Module:
+    """``model``, or a copy with tensors of their own for what reads a norm of the stream; the cost is warned of."""
+    found = groups(trace(model, inputs))
+    tied = tied_readers(found, analyses(found.program).get(FindConsumers()))
+    if not tied:
+        return model
+    made, added = untied(model, tied)
+    share = 100 * added / sum(p.numel() for p in model.parameters())
+    warnings.warn(
+        f"{', '.join(tied)} is untied, since it alone reads a norm, whose scale moves into it: the rotated "
+        f"{type(model).__name__} has {added:,} parameters more ({share:.1f} %)",
+        UserWarning,
+        stacklevel=3,
+    )
+    return made
 
 
 def _require_merged(model: nn.Module) -> None:

@@ -25,10 +25,22 @@ def residual_of(groups: Groups) -> Group:
     return max(found, key=lambda g: g.parameters_per_unit * g.size)
 
 
+def tied_readers(groups: Groups, consumers: Consumers) -> tuple[str, ...]:
+    """The parameters that read a norm of the stream and are tied to others, which do not: those have to be untied."""
+    group = residual_of(groups)
+    norms = _norms(groups, group)
+    aliases = {name: param.aliases for name, param in groups.program.params.items()}
+    return tuple(
+        c.parameter for c in consumers.of(group)
+        if aliases[c.parameter] and _read_scale(groups, c, norms) is not None
+    )  # fmt: skip
+
+
 def with_plain_norms(weights: Mapping[str, Tensor], groups: Groups, consumers: Consumers) -> dict[str, Tensor]:
     """The norms of the residual stream without a scale of their own: their consumers carry it.
 
-    A consumer reads ``w * x / rms(x)``: its columns times w, with w one, are the same function. Raises ``PlanError``
+    A consumer reads ``w * x / rms(x)``: its columns times w, with w one, are the same function. None of them may be
+    tied (``tied_readers``). Raises ``PlanError``
     for a norm whose result is read by anything but products of parameters.
     """
     group, changed = residual_of(groups), dict[str, Tensor]()
@@ -36,7 +48,6 @@ def with_plain_norms(weights: Mapping[str, Tensor], groups: Groups, consumers: C
     for consumer in consumers.of(group):
         scale = _read_scale(groups, consumer, norms)
         if scale is not None:
-            _require_untied(groups, consumer)
             factor = (weights[scale.parameter].detach() + scale.offset).double()
             old = weights[consumer.parameter].detach()
             changed[consumer.parameter] = (old.double() * consumer.spread(factor, old)).to(old.dtype)
@@ -93,15 +104,6 @@ def _read_scale(groups: Groups, consumer: Consumer, norms: Mapping[str, NormFix]
     if len(found) > 1:
         raise PlanError(f"{consumer.parameter} reads several norms, which may scale unlike each other")
     return norms[found.pop()] if found else None
-
-
-def _require_untied(groups: Groups, consumer: Consumer) -> None:
-    others = groups.program.params[consumer.parameter].aliases
-    if others:
-        raise PlanError(
-            f"the residual stream cannot be rotated: {consumer.parameter} is tied to {others[0]}, and only one of them "
-            "reads a norm; untie them first"
-        )
 
 
 def _scales(groups: Groups, node: fx.Node, norms: Mapping[str, NormFix]) -> Iterable[str]:
