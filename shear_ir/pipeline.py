@@ -56,7 +56,7 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
     length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
     """
     model = unwrapped(model)
-    program = raise_lora(_trace(model, inputs, dynamic=dynamic))
+    program = raise_lora(_trace(model, inputs, dynamic=dynamic, ways=True))
     stands_for(program, model)
     if inputs is not None:
         remember(model, as_inputs(model, inputs))

@@ -46,7 +46,7 @@ class ShearedGraph(fx.GraphModule):
     def of(cls, module: nn.Module, sizes: _Sizes) -> ShearedGraph:
         """``module``, a graph module, with ``sizes`` as what its inputs have to be."""
         assert isinstance(module, fx.GraphModule)
-        made = cls(module, module.graph, class_name=module._get_name())
+        made = cls(module, module.graph, class_name=type(module).__name__)
         made.register_forward_pre_hook(sizes, with_kwargs=True)
         made.sizes = sizes
         return made
@@ -66,7 +66,7 @@ class ShearedGraph(fx.GraphModule):
             raise ShearingError(
                 "this graph calls modules that were not looked into, which no file holds: save the sheared modules"
             )
-        return _restored, (_tensors_alone(self), _rows(self.graph), self._get_name(), self.sizes, self.training)
+        return _restored, (_tensors_alone(self), _rows(self.graph), type(self).__name__, self.sizes, self.training)
 
 
 # torch's own way to save a graph traces its code anew, which operators that read sizes do not allow.
@@ -90,8 +90,11 @@ _Row = tuple[str, Any, str, Any, Any]
 def _rows(graph: fx.Graph) -> list[_Row]:
     """The nodes of ``graph`` in order: kind, target, name, arguments."""
 
+    def named(value: Any) -> Any:
+        return _Value(value.name) if isinstance(value, fx.Node) else _named(value)
+
     def plain(value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda v: _Value(v.name) if isinstance(v, fx.Node) else _named(v))
+        return fx.node.map_aggregate(value, named)
 
     return [(n.op, _named(n.target), n.name, plain(n.args), plain(n.kwargs)) for n in graph.nodes]
 

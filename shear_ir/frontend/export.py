@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.frontend.unchanged import unchanged
+from shear_ir.frontend.ways import mode_readers, other_ways
 from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
 
 _ROOT = "root"
@@ -40,17 +42,20 @@ _KINDS: dict[InputKind, TensorKind] = {
 }
 
 
-def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
+def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False, ways: bool = False) -> Program:
     """Trace ``model`` into a Program; the model is not changed and no weight is kept.
 
     ``inputs``: forward arguments by name, or a tensor, or a sequence; when None, those that the model was last given,
     or else made from the signature and config. An argument may be any nesting of lists, tuples and dicts of tensors.
-    ``dynamic``: keep batch and length symbolic, so that the graph runs at other sizes (about twice the time).
+    ``dynamic``: keep batch and length symbolic, so that the graph runs at other sizes (about twice the time). ``ways``:
+    hold what forward may do otherwise than was traced, in training mode or with arguments that were not given.
     Raises ``TraceError`` naming the module in which tracing failed and what can be done.
     """
     feed = inputs_of(model, inputs)
     with _quiet(model):
-        return _program(model, _export(model, feed, dynamic), feed, dynamic)
+        with mode_readers(model) as readers:
+            program = _program(model, _export(model, feed, dynamic), feed, dynamic)
+        return replace(program, held=other_ways(model, feed, readers)) if ways else program
 
 
 class _Logits(nn.Module):

@@ -13,7 +13,7 @@ from torch import fx
 import shear_passes.rules  # noqa: F401  # registers every rule
 from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.program import Program
+from shear_ir.program import Program, module_path
 from shear_passes.analysis.memory import undecided
 from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
 from shear_passes.rules.registry import (
@@ -106,6 +106,7 @@ class Inference:
             elif node.op == "output":
                 self._hold_unchosen()
                 self._hold_undecided()
+                self._hold_other_ways()
                 self._output(node)
         solved = _Solution()
         return Axes(
@@ -135,6 +136,16 @@ class Inference:
             for atom in atoms(ranking.over):
                 if atom not in chosen:
                     freeze(atom, ranking.reason, at=ranking.node.name)
+
+    def _hold_other_ways(self) -> None:
+        """What a module reads and makes by itself stays whole where its forward has ways that were not traced."""
+        for node in self.program.calls() if self.program.held else ():
+            reason = self.program.held.get(module_path(node))
+            if reason is not None:
+                for value in (node, *node.all_input_nodes):
+                    for dims in self.of_node.get(value.name, ()):
+                        for dim in dims:
+                            freeze(dim, reason, at=node.name)
 
     def _hold_undecided(self) -> None:
         for call, home in undecided(self.program):

@@ -1,0 +1,92 @@
+"""Ways through forward that a trace does not see: what they touch stays whole, and the reason names them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+
+
+class Mlp(nn.Module):
+    """Up and down, with something in between that depends on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(5, 13), nn.Linear(13, 3), nn.Dropout(0.5)
+
+
+class Trained(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if self.training:
+            hidden = hidden * hidden.softmax(-1)
+        return self.down(hidden.relu())  # type: ignore[no-any-return]
+
+
+class Gated(Mlp):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = self.up(x)
+        if gate is not None:
+            hidden = hidden.roll(1, -1)
+        return self.down(hidden.relu())  # type: ignore[no-any-return]
+
+
+class Dropping(Mlp):
+    """Is trained with dropout, in three spellings, which is neutral."""
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is None:
+            scale = torch.ones(3)
+        hidden = nn.functional.dropout(self.drop(self.up(x)), 0.3 if self.training else 0.0, self.training)
+        return self.down(torch.dropout(hidden, 0.2, self.training).relu()) * scale  # type: ignore[no-any-return]
+
+
+class Deep(nn.Module):
+    """Holds one of them beside a plain one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Sequential(nn.Linear(5, 11), nn.ReLU(), nn.Linear(11, 5)), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.first(x))  # type: ignore[no-any-return]
+
+
+def hidden(model: nn.Module, size: int = 13) -> tuple[bool, str]:
+    (group,) = [g for g in sir.groups(sir.trace(model, torch.randn(2, 5))) if g.size == size]
+    return group.prunable, group.reason or ""
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_training_mode_does_otherwise_holds_what_it_touches(mode: bool) -> None:
+    model = Trained().train(mode)
+    assert hidden(model) == (False, "the forward of the model (Trained) takes another way in training mode")
+    assert model.training == mode
+    assert "training" not in vars(nn.Module)
+
+
+def test_a_module_with_another_way_is_held_and_its_neighbours_are_not() -> None:
+    model = Deep(Trained()).eval()
+    assert hidden(model) == (False, "the forward of inner (Trained) takes another way in training mode")
+    assert hidden(model, 11) == (True, "")
+
+
+def test_an_argument_that_was_not_given_holds_what_forward_computes() -> None:
+    said = "the forward of Gated does something else with gate, which was not given"
+    assert hidden(Gated().eval()) == (False, said)
+    program = sir.trace(Gated().eval(), {"x": torch.randn(2, 5), "gate": torch.randn(2)})
+    (group,) = [g for g in sir.groups(program) if g.size == 13]
+    assert not group.prunable  # rolled
+    assert "gate" not in str(group.reason)
+
+
+def test_dropout_and_defaults_are_no_other_way() -> None:
+    assert hidden(Dropping().eval()) == (True, "")
+
+
+def test_a_language_model_has_one_way() -> None:
+    from tests.roads import traced
+
+    assert not traced("llama_gqa").program.held
