@@ -261,9 +261,9 @@ def _with_config(program: Program, manager: AnalysisManager, asked: SelectByRati
     taken = [a for a in answers if able or all(count < size for (_, size), count in a.fixed.items())]
     plans = [(a, manager.get(having(a.fixed))) for a in taken]
     if not plans:
-        return replace(found, notes=(*found.notes, _not_stock(why, answers)))
+        return replace(found, notes=(*found.notes, _not_stock(why if answers else stock.last or why, answers)))
     best, plan = min(plans, key=lambda pair: (_missed(asked, pair[1]), _imbalance(asked, pair[0].counts)))
-    missed = f"; {plan.ratio:.3g} of the parameters go then, not {asked.ratio:g}" if _missed(asked, plan) else ""
+    missed = f"; {plan.ratio:.3g} of the parameters go then, not {asked.ratio:.3g}" if _missed(asked, plan) else ""
     return replace(plan, notes=(*plan.notes, _beside(best, classes(counts), why) + missed))
 
 

@@ -63,7 +63,9 @@ def infer_config(
     if refused:
         return Inference(None, changes, refused)
     if norms and not _scale_eps(model, found, norms):
-        return Inference(None, changes)
+        return Inference(
+            None, changes, "norms that become narrower share their eps with others, or have eps of their own"
+        )
 
     def others() -> Iterator[Any]:
         for more in search.also(changes):

@@ -150,7 +150,7 @@ class Judge:
                 feed = with_tensors(self.feed, lambda t: t.double() if t.is_floating_point() else t)
                 there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
                 small = made(dense)
-                with evaluation(dense), evaluation(small), torch.no_grad(), _Double():
+                with evaluation(dense), evaluation(small), torch.no_grad(), _Double():  # type: ignore[no-untyped-call]
                     expected, before = self._expected(dense, there, feed), run(dense, feed)
                     gap = difference(expected, run(small, feed))
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
@@ -189,7 +189,7 @@ class Judge:
             )
 
 
-class _Double(TorchDispatchMode):
+class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Computes in double precision what forward asks to be computed in single, as norms do of themselves."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

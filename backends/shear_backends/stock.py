@@ -59,6 +59,11 @@ class Stock:
             self.known[key] = self._ask(counts, quick)
         return self.known[key]
 
+    @property
+    def last(self) -> str:
+        """What stood in the way of the latest counts that were asked for in full; empty where nothing did."""
+        return next((why for (_, quick), why in reversed(self.known.items()) if not quick), "")
+
     def has_fields(self, counts: Counts) -> bool:
         """Whether fields of the config tell these counts, though the class may refuse their values."""
         return not self.why_not(counts) or _key(counts) in self.refused

@@ -269,3 +269,10 @@ def test_a_buffer_that_the_config_computes_is_not_stock_when_it_is_cut() -> None
 def test_notes_are_kept_with_the_plan() -> None:
     plan = _asked(hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), "residual")
     assert Plan.from_json(plan.to_json()).notes == plan.notes
+
+
+def test_the_reason_that_is_left_is_the_one_that_is_told() -> None:
+    # 40 of 48 is refused for the six heads; but no multiple of them is stock either: queries have norms of their own.
+    model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**_alike(head_dim=12)))
+    plan = _asked(model, "residual", ratio=0.15)
+    assert plan.notes[0].startswith("stock classes cannot load this (norms that become narrower share their eps")

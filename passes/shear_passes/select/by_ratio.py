@@ -171,8 +171,9 @@ class _Solver:
         self.total = self._cost({g: g.size for g in self.chosen})
         self.groups = [g for g in self.chosen if self._counts_for(g)]
         # One for a kind, so that channels of experts and of what is beside them stay alike.
-        self._steps = {k: math.lcm(self.asked.step(k), *(g.multiple for g in self.groups if g.kind == k))
-                       for k in {g.kind for g in self.groups}}  # fmt: skip
+        kinds: set[str] = {g.kind for g in self.groups}
+        multiples = {kind: [g.multiple for g in self.groups if g.kind == kind] for kind in kinds}
+        self._steps = {kind: math.lcm(self.asked.step(kind), *multiples[kind]) for kind in kinds}
         if not self.groups:
             words = BUDGETS[self.asked.budget]
             raise PlanError(f"no group of the kinds {', '.join(self.asked.kinds)} changes the {words} of this model")
@@ -209,7 +210,7 @@ class _Solver:
             (kind, size), cost = max(self._step_costs(counts).items(), key=lambda item: item[1])
             many = len(self._alike[kind, size])
             yield (
-                f"{gone:.3g} of the {BUDGETS[self.asked.budget]} go, not {self.asked.ratio:g}, for units are coarse: "
+                f"{gone:.3g} of the {BUDGETS[self.asked.budget]} go, not {self.asked.ratio:.3g}, for units are coarse: "
                 f"{self._steps[kind]} of {size} {kind} units in {many} group{'s' * (many > 1)} is "
                 f"{cost / self.total:.2g} of them"
             )
