@@ -213,7 +213,7 @@ def rescaled(weight: Tensor, fix: NormFix) -> Tensor:
     """The weight of a norm that lost channels, scaled so that it computes what it did over the others."""
     scale: float = fix.factor**fix.power
     with torch.no_grad():
-        return (weight + fix.offset) * scale - fix.offset
+        return ((weight.double() + fix.offset) * scale - fix.offset).to(weight.dtype)
 
 
 def _require_eps(model: nn.Module, groups: Groups, norms: Sequence[NormFix]) -> None:

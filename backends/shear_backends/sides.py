@@ -28,6 +28,9 @@ from shear_passes.rewrite.rescale_gains import gained, normed_dims
 Call = Callable[[nn.Module, Inputs], Sequence[Tensor]]
 """A way to ask a model, such as all at once or with a cache."""
 
+Nudge = tuple[Mapping[int, Tensor], Mapping[int, float]]
+"""Other values of some tensors, and the relative steps by which others are moved."""
+
 _MOST_SWAPPED = 16  # kinds of modules of one model whose code looks at the types of its parameters
 
 
@@ -67,7 +70,7 @@ class Side:
         return cls(bare, masks, _gains(bare, plan), matrices, blocks)
 
     def ask(
-        self, call: Call, feed: Inputs, dtype: torch.dtype | None, nudged: Mapping[int, float] | None = None
+        self, call: Call, feed: Inputs, dtype: torch.dtype | None, nudged: Nudge | None = None
     ) -> tuple[Tensor, ...]:
         """What it answers when every operator computes in ``dtype``, or in the model's own where it is None."""
         if self.blocks is not None:
@@ -85,11 +88,12 @@ class Side:
                 self.swapped.add(kind)
 
     @contextmanager
-    def _reading(self, dtype: torch.dtype | None, nudged: Mapping[int, float] | None = None) -> Iterator[None]:
+    def _reading(self, dtype: torch.dtype | None, nudged: Nudge | None = None) -> Iterator[None]:
         # Before anything is on, since tensors are read in another precision then.
         own = {id(t): (t, t.data) for t in (*self.model.parameters(), *self.model.buffers())}
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(InPrecision(dtype, self.model, self.masks, self.values, nudged))
+            values, steps = nudged or (self.values, {})
+            stack.enter_context(InPrecision(dtype, self.model, self.masks, values, steps))
             # After the precision, so that it is asked first and knows the tensors by themselves.
             stack.enter_context(routing_by(self.matrices) if self.matrices else nullcontext())
             stack.enter_context(_swapping(self.model, tuple(self.swapped), own))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from shear_backends.compare import Gap, compared, difference, largest, largest_of, worst_of
 from shear_backends.never_routed import never_route
 from shear_backends.precision import unit_of
-from shear_backends.sides import Side, gone_of, without_divisions
+from shear_backends.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.stored import recomputed
 from shear_backends.tried import Trial, run, trials
 from shear_ir.axes import Indices
@@ -97,7 +97,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *
 class _Comparison:
     def __init__(self, model: nn.Module, small: nn.Module, plan: Plan) -> None:
         self.dense, self.reference, self.small = Side.of(model), Side.masked(model, plan), Side.of(small)
-        self.nudged = recomputed(model, small, plan)
+        anew = recomputed(model, small, plan)
+        self.small.values = anew.values
+        self.nudge: Nudge | None = (anew.others, anew.steps) if anew else None
         floats = [p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
         self.unit = min(map(unit_of, floats), default=unit_of(torch.float32))
         self.gaps: list[Gap] = []
@@ -133,7 +135,7 @@ class _Comparison:
             self.gaps.append(Gap(f"inputs {trial.name}", math.inf, 0.0, 0.0, 0.0))
             self.most = math.inf
             return True
-        nudged = self._exact(self.small, trial, self.nudged) if self.nudged else None
+        nudged = self._exact(self.small, trial, self.nudge) if self.nudge else None
         gaps = compared(f"inputs {trial.name}", expected, found, self._rounded(trial, expected), nudged, self.unit)
         dense = self._exact(self.dense, trial)
         if not all(gap.sound for gap in gaps):
@@ -144,8 +146,8 @@ class _Comparison:
         self.moved = largest_of([self.moved, difference(expected, dense)])
         return True
 
-    def _exact(self, side: Side, trial: Trial, nudged: Mapping[int, float] | None = None) -> tuple[Tensor, ...]:
-        return side.ask(trial.call, trial.feed, torch.float64, nudged)
+    def _exact(self, side: Side, trial: Trial, nudge: Nudge | None = None) -> tuple[Tensor, ...]:
+        return side.ask(trial.call, trial.feed, torch.float64, nudge)
 
     def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The reference in the model's own precision; in float32 where that overflows or has no kernels."""

@@ -85,6 +85,17 @@ def test_one_thing_wrong_is_found(mutation: str, dtype: torch.dtype) -> None:
     assert report.gap > 1e3 * report.bound
 
 
+def test_an_eps_that_does_not_follow_a_narrower_norm_is_found() -> None:
+    family, plan = planned("llama_gqa", ("residual",))
+    small = sir.shear(family.model, plan)
+    assert sir.verify(family.model, small, plan).sound
+    norm = small.get_submodule("model.layers.1.input_layernorm")
+    assert norm.variance_epsilon != 1e-6
+    norm.variance_epsilon = 1e-6
+    report = sir.verify(family.model, small, plan)
+    assert report.gap > 10 * report.bound
+
+
 def test_the_report_says_gap_noise_and_bound() -> None:
     family, plan = planned("llama_gqa", ("ffn",))
     small = sir.shear(family.model, plan)
