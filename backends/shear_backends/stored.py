@@ -88,7 +88,8 @@ def _factors(old: Tensor, new: Tensor) -> tuple[float, float, float] | None:
         return None
     for offset in _OFFSETS:
         base, made = old.double() + offset, new.double() + offset
-        off = unit_of(new.dtype) * new.double().abs() * (1 + 1e-6) + 2.0**-50
+        # Half of the last place of each entry, and what float64 itself rounds.
+        off = unit_of(new.dtype) * torch.exp2(torch.frexp(new.double()).exponent - 1.0) + 2.0**-50
         known = base != 0
         if not bool(known.any()) or bool((made[~known].abs() > off[~known]).any()):
             continue

@@ -1,10 +1,13 @@
-"""What both models are asked: two sizes that share no factor, one past every position that a config counts."""
+"""What both models are asked: several sizes, one past whatever a config counts, a step with a cache, training."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shear_backends.sides import Call
@@ -12,15 +15,24 @@ from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 
+_LONGEST = 512
+_PRODUCTS = 2**33
+"""Weights times positions that a longer input may cost; beyond it, minutes."""
+
 
 @dataclass(frozen=True)
 class Trial:
-    """One question. ``must``: whether a model that cannot answer it is at fault, and not the question."""
+    """One question. ``small``: how the sheared model is asked, where that is another way than ``call``.
+
+    ``further``: it is asked only where the dense model answers it as it should (with a cache, what it says without
+    one; in training, the same twice), and a graph, which knows one way, is not asked.
+    """
 
     name: str
     feed: Inputs
     call: Call
-    must: bool = True
+    small: Call | None = None
+    further: bool = False
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -39,10 +51,74 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
     if inputs is not None:
         given = inputs if isinstance(inputs, list) else [inputs]
         return [_asked(_placed(model, as_inputs(model, one))) for one in given]
-    return [
-        _asked(example_inputs(model, seed=seed)),
-        _asked(example_inputs(model, batch=2, length=16, seed=seed + 1)),
-    ]
+    asked = [_asked(example_inputs(model, seed=seed)), _asked(example_inputs(model, batch=2, length=16, seed=seed + 1))]
+    feed = asked[0].feed
+    if _text(feed) and hasattr(getattr(model, "config", None), "use_cache"):
+        asked.append(Trial("a step with a cache", feed, run, step_by_step, further=True))
+    return [*asked, Trial("training", feed, in_training, further=True)]
+
+
+def longer(model: nn.Module, sizes: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Trial]:
+    """Inputs past the whole numbers that the model and its config hold, the longest first, and as long as they are.
+
+    One that counts positions, a window or a bucket shows itself only there. Other ``sizes`` than were tried, and as far
+    as that is quick: what is longer is not tried.
+    """
+    # The judge of modules compares by what is here.
+    from shear_backends.judge import numbers_of
+
+    weights = max(1, sum(p.numel() for p in model.parameters()))
+    most = min(_LONGEST, _PRODUCTS // weights)
+    numbers = sorted((n for n in numbers_of(model) if 16 < n < most), reverse=True)
+    for length in [length for n in numbers[:8] for length in (_prime(n + 1), n)]:
+        trial = _asked(example_inputs(model, batch=1, length=length, seed=seed + 2))
+        if length in trial.size and trial.size not in sizes:
+            yield trial
+
+
+def step_by_step(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    """What it predicts when it reads all but the last position, and then that with what it has kept."""
+    name = _text(feed)
+    begun = model(**{**feed, name: feed[name][:, :-1]}, use_cache=True)
+    ended = model(**{**feed, name: feed[name][:, -1:]}, past_key_values=begun.past_key_values, use_cache=True)
+    return (torch.cat([begun.logits, ended.logits], dim=1),)
+
+
+def in_training(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    """What it predicts while it is trained, but for dropout."""
+    with _training(model):
+        return run(model, feed)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    owners: list[Any] = [*model.modules(), *({id(c): c for c in _configs(model)}.values())]
+    before = [(owner, name, value) for owner in owners for name, value in vars(owner).items() if _drops(owner, name)]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        for owner, name, _ in before:
+            vars(owner)[name] = 0.0
+        yield
+    finally:
+        for owner, name, value in before:
+            vars(owner)[name] = value
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    yield from (m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "__dict__"))
+
+
+def _drops(owner: Any, name: str) -> bool:
+    share = isinstance(vars(owner)[name], float)
+    return share and ("drop" in name or (name == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)))
+
+
+def _text(feed: Inputs) -> str:
+    """The tokens that are predicted from."""
+    return next((name for name in ("decoder_input_ids", "input_ids") if name in feed), "")
 
 
 def _asked(feed: Inputs) -> Trial:
@@ -51,3 +127,10 @@ def _asked(feed: Inputs) -> Trial:
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:
     return with_tensors(feed, lambda tensor: tensor.to(device_of(model)))
+
+
+def _prime(number: int) -> int:
+    """The least prime from ``number`` on."""
+    while any(number % d == 0 for d in range(2, int(number**0.5) + 1)):
+        number += 1
+    return number

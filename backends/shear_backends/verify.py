@@ -11,20 +11,20 @@ carried over to float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from shear_backends.compare import Gap, compared, difference, largest, largest_of, worst_of
 from shear_backends.never_routed import never_route
 from shear_backends.precision import unit_of
 from shear_backends.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.stored import recomputed
-from shear_backends.tried import Trial, run, trials
+from shear_backends.tried import Trial, longer, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
 from shear_ir.frontend.kept import forget_kept
@@ -35,6 +35,8 @@ from shear_passes.rewrite.rescale_gains import gained
 __all__ = ["TOLERANCE", "Report", "difference", "evaluation", "masked", "run", "verify"]
 
 TOLERANCE = 1e-5
+_SAME = 1e-9
+"""Of the largest output, in float64: far above rounding, far below what chance does."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         verdict = "sound" if self.sound else "UNSOUND"
-        tried = ", ".join("x".join(map(str, s)) for s in self.lengths)
+        tried = ", ".join([*("x".join(map(str, s)) for s in self.lengths), *self.notes])
         return (
             f"{verdict}: max abs diff {self.max_abs_diff:.3g} in float64 on inputs {tried}; rounding explains "
             f"{self.bound:.2g} (the model's own in its precision: {self.noise:.2g})"
@@ -91,7 +93,13 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *
     one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
     """
     with evaluation(model), evaluation(small):
-        return _Comparison(model, small, plan).report(trials(model, inputs, seed))
+        comparison = _Comparison(model, small, plan)
+        for trial in trials(model, inputs, seed):
+            comparison.further(trial) if trial.further else comparison.ask(trial)
+        if inputs is None:
+            # The first of those that the model takes.
+            comparison.ask_first(longer(model, tuple(comparison.sizes), seed))
+    return comparison.report()
 
 
 class _Comparison:
@@ -104,50 +112,86 @@ class _Comparison:
         self.unit = min(map(unit_of, floats), default=unit_of(torch.float32))
         self.gaps: list[Gap] = []
         self.notes: list[str] = []
+        self.sizes: list[tuple[int, ...]] = []
         self.moved = self.scale = self.most = 0.0
 
-    def report(self, asked: Sequence[Trial]) -> Report:
-        tried = [trial.size for trial in asked if self._try(trial)]
+    def report(self) -> Report:
+        """What was found so far."""
         worst = worst_of(self.gaps)
         return Report(
-            self.most, self.scale, tuple(tried), self.moved, worst.value, worst.noise, worst.bound, worst.place,
+            self.most, self.scale, tuple(self.sizes), self.moved, worst.value, worst.noise, worst.bound, worst.place,
             tuple(self.notes),
         )  # fmt: skip
 
-    def _try(self, trial: Trial) -> bool:
-        """Compare one answer; False where there is none, which the notes say."""
+    def ask(self, trial: Trial) -> None:
+        """Compare what both say to one input; raises where the dense model, or a graph of fixed sizes, says nothing."""
+        expected = self._exact(self.reference, trial)
+        self._compare(trial, expected)
+        self.sizes.append(trial.size)
+
+    def ask_first(self, asked: Iterable[Trial]) -> None:
+        """Compare what both say to the first of these inputs that they take."""
+        before = len(self.notes)
+        if any(map(self._answered, asked)):
+            del self.notes[before:]
+
+    def _answered(self, trial: Trial) -> bool:
         try:
             expected = self._exact(self.reference, trial)
-        except Exception as failure:
-            if trial.must:
-                raise
-            self.notes.append(f"{trial.name}: not tried, {type(self.dense.model).__name__} raises {_line(failure)}")
+            self._compare(trial, expected)
+        except UnsoundError:
+            raise
+        except Exception as failure:  # too long for its positions, in the model's own words
+            self.notes.append(f"not tried: {trial.name} ({_line(failure)})")
             return False
+        self.sizes.append(trial.size)
+        return True
+
+    def further(self, trial: Trial) -> None:
+        """Compare what modules say to another way of asking, where the dense model itself stands by what it says."""
+        blocks = self.reference.blocks is not None and trial.call is not run
+        if isinstance(self.small.model, fx.GraphModule) or blocks or not self._steady(trial):
+            return
+        self._compare(trial, self._exact(self.reference, trial))
+        self.notes.append(f"and {trial.name}")
+
+    def _steady(self, trial: Trial) -> bool:
+        with torch.random.fork_rng([]):
+            try:
+                torch.manual_seed(1)
+                first = self._exact(self.dense, trial)
+                torch.manual_seed(2)
+                again = self.dense.ask(trial.small or trial.call, trial.feed, torch.float64)
+            except Exception:  # it has no cache, or cannot be trained so
+                return False
+        return difference(first, again) <= _SAME * largest(first)
+
+    def _compare(self, trial: Trial, expected: Sequence[Tensor]) -> None:
+        place = trial.name if trial.further else f"inputs {trial.name}"
         try:
-            found = self._exact(self.small, trial)
-        except ShearError as failure:
-            if trial.must:
-                raise
-            self.notes.append(f"{trial.name}: not tried, {_line(failure)}")
-            return False
+            found = self._found(trial)
+        except ShearError:
+            raise
         except Exception as failure:
-            self.notes.append(f"{trial.name}: the sheared model raises {_line(failure)}")
-            self.gaps.append(Gap(f"inputs {trial.name}", math.inf, 0.0, 0.0, 0.0))
+            self.gaps.append(Gap(f"{place}, where it raises {_line(failure)}", math.inf, 0.0, 0.0, 0.0))
             self.most = math.inf
-            return True
-        nudged = self._exact(self.small, trial, self.nudge) if self.nudge else None
-        gaps = compared(f"inputs {trial.name}", expected, found, self._rounded(trial, expected), nudged, self.unit)
-        dense = self._exact(self.dense, trial)
-        if not all(gap.sound for gap in gaps):
-            self._refuse_chance(trial, dense)
+            return
+        nudged = self._found(trial, self.nudge) if self.nudge else None
+        gaps = compared(place, expected, found, self._rounded(trial, expected), nudged, self.unit)
+        if not trial.further:
+            dense = self._exact(self.dense, trial)
+            if not all(gap.sound for gap in gaps):
+                self._refuse_chance(trial, dense)
+            self.moved = largest_of([self.moved, difference(expected, dense)])
         self.gaps += gaps
         self.most = largest_of([self.most, *(gap.value for gap in gaps)])
         self.scale = max([self.scale, *(gap.scale for gap in gaps)])
-        self.moved = largest_of([self.moved, difference(expected, dense)])
-        return True
 
-    def _exact(self, side: Side, trial: Trial, nudge: Nudge | None = None) -> tuple[Tensor, ...]:
-        return side.ask(trial.call, trial.feed, torch.float64, nudge)
+    def _found(self, trial: Trial, nudge: Nudge | None = None) -> tuple[Tensor, ...]:
+        return self.small.ask(trial.small or trial.call, trial.feed, torch.float64, nudge)
+
+    def _exact(self, side: Side, trial: Trial) -> tuple[Tensor, ...]:
+        return side.ask(trial.call, trial.feed, torch.float64)
 
     def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The reference in the model's own precision; in float32 where that overflows or has no kernels."""
@@ -164,7 +208,7 @@ class _Comparison:
         """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
         again = self._exact(self.dense, trial)
         gap = difference(first, again)
-        if gap > 1e-9 * largest(first):
+        if gap > _SAME * largest(first):
             raise UnsoundError(
                 f"{type(self.dense.model).__name__} gives outputs that differ by {gap:.3g} when it reads one input "
                 "twice: its forward draws random numbers, so nothing can be compared with it; pass what it draws as an "

@@ -92,8 +92,75 @@ def test_an_eps_that_does_not_follow_a_narrower_norm_is_found() -> None:
     norm = small.get_submodule("model.layers.1.input_layernorm")
     assert norm.variance_epsilon != 1e-6
     norm.variance_epsilon = 1e-6
-    report = sir.verify(family.model, small, plan)
-    assert report.gap > 10 * report.bound
+    assert not sir.verify(family.model, small, plan).sound
+
+
+class Window(nn.Module):
+    """Reads the last 32 positions; a cut of its 32 channels has nothing to do with that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.window = 32
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.down(self.up(x[:, -self.window :]).relu())
+        return made
+
+
+class Tempered(nn.Module):
+    """Another function while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.drop = nn.Linear(8, 20), nn.Linear(20, 8), nn.Dropout(0.4)
+        self.temper = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).relu()
+        if self.training and self.temper:
+            h = h * 1.5
+        made: torch.Tensor = self.down(self.drop(h))
+        return made
+
+
+def test_a_window_that_shrank_with_the_channels_is_found() -> None:
+    torch.manual_seed(0)
+    model = Window()
+    plan = sir.plan(sir.trace(model), ratio=0.2)
+    small = sir.shear(model, plan)
+    assert (1, 37, 8) in sir.verify(model, small, plan).lengths
+    small.window = small.up.out_features  # type: ignore[union-attr]
+    report = sir.verify(model, small, plan)
+    assert report.gap == float("inf")
+    assert "1x3" in report.place
+
+
+def test_training_is_compared_without_dropout_and_left_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = Tempered().train()
+    plan = sir.plan(sir.trace(model), ratio=0.2)
+    small = sir.shear(model, plan)
+    report = sir.verify(model, small, plan)
+    assert report.sound
+    assert "and training" in report.notes
+    assert model.training
+    assert small.training
+    assert model.drop.p == 0.4
+    small.temper = False
+    wrong = sir.verify(model, small, plan)
+    assert not wrong.sound
+    assert wrong.place == "training"
+
+
+def test_a_cache_that_two_layers_share_is_found() -> None:
+    family, plan = planned("llama_gqa", ("ffn",))
+    small = sir.shear(family.model, plan)
+    assert "and a step with a cache" in sir.verify(family.model, small, plan).notes
+    small.get_submodule("model.layers.1.self_attn").layer_idx = 0
+    wrong = sir.verify(family.model, small, plan)
+    assert not wrong.sound
+    assert wrong.place == "a step with a cache"
 
 
 def test_the_report_says_gap_noise_and_bound() -> None:
