@@ -69,7 +69,7 @@ def project(
 
 def _plan(path: Path) -> tuple[Plan, Path | None]:
     """The plan in a file or in a folder that prune wrote, and that folder."""
-    from shear_backends.store import PLAN_FILE
+    from shear_backends.record_file import PLAN_FILE
     from shear_ir.frontend.files import CONFIG
     from shear_ir.plans import Plan
 

@@ -33,8 +33,7 @@ def verify(
     is compared in float32.
     """
     from shear_backends.adapter_store import ADAPTERS
-    from shear_backends.record_file import require_sheared
-    from shear_backends.store import PLAN_FILE
+    from shear_backends.record_file import PLAN_FILE, require_sheared
     from shear_ir import pipeline
     from shear_ir.plans import Plan
 
