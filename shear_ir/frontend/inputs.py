@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -118,11 +119,15 @@ def _transformers_inputs(model: nn.Module, config: Any, batch: int, length: int,
         made[main] = _pixels(config, batch, generator, float_dtype(model))
     else:
         vocab = int(getattr(text, "vocab_size", None) or _embedding_rows(model))
-        made[main] = torch.randint(0, vocab, (batch * _rows(model, config, main), length), generator=generator)
+        sounds = _sounds(model, config, main, batch, length, generator)
+        if sounds is not None:
+            made[main] = sounds
+        else:
+            made[main] = torch.randint(0, vocab, (batch * _rows(model, config, main), length), generator=generator)
         if "decoder_input_ids" in names and getattr(config, "is_encoder_decoder", False):
             made["decoder_input_ids"] = torch.randint(0, vocab, (batch, length + 2), generator=generator)
         # A padding id among random ids would mask positions; ones say that every position is real.
-        if "attention_mask" in names and getattr(config, "is_encoder_decoder", False):
+        if sounds is None and "attention_mask" in names and getattr(config, "is_encoder_decoder", False):
             made["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
     return made
 
@@ -132,6 +137,22 @@ def _rows(model: nn.Module, config: Any, name: str) -> int:
     said = re.search(rf"\b{name} \([^)]*of shape `\(batch_size \* (\w+),", _innermost(model).forward.__doc__ or "")
     rows = getattr(config, said[1], 1) if said else 1
     return rows if isinstance(rows, int) else 1
+
+
+def _sounds(
+    model: nn.Module, config: Any, name: str, batch: int, length: int, generator: torch.Generator
+) -> Tensor | None:
+    """Features of sounds, ``(batch, mel bins, frames)``, where the first convolution reads mel bins.
+
+    An encoder with a table of positions may take one length alone, that which fills it: Whisper.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d)]
+    bins = getattr(config, "num_mel_bins", None)
+    if name != "input_features" or not convolutions or convolutions[0].in_channels != bins:
+        return None
+    positions = getattr(config, "max_source_positions", None)
+    frames = math.prod(m.stride[0] for m in convolutions) * (positions if isinstance(positions, int) else length)
+    return torch.randn(batch, bins, frames, generator=generator).to(float_dtype(model))
 
 
 def _innermost(model: nn.Module) -> nn.Module:

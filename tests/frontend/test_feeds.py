@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -204,3 +205,26 @@ def test_a_model_that_moved_to_another_device_after_its_trace_is_sheared_there()
     model.to("meta")
     small = sir.shear(model, plan, backend="graph")
     assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {"meta"}
+
+
+def whisper() -> nn.Module:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=53, d_model=12, encoder_layers=1, decoder_layers=1, encoder_attention_heads=3,
+        decoder_attention_heads=3, encoder_ffn_dim=20, decoder_ffn_dim=22, max_source_positions=17,
+        max_target_positions=29, num_mel_bins=5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config).eval()
+
+
+def test_a_length_that_the_config_fixes_is_made_from_it(tmp_path: Path) -> None:
+    model = whisper()
+    assert inputs_of(model)["input_features"].shape[1:] == (5, 2 * 17)
+    program = sir.trace(model)
+    plan = sir.plan(program, ratio=0.1, importance="order", kinds=("ffn",))
+    small = sir.shear(model, plan)
+    assert sir.save(small, tmp_path / "out").stock
+    again = sir.load(tmp_path / "out")
+    assert same(outputs(again, inputs_of(model)), outputs(small, inputs_of(model)))
