@@ -117,7 +117,7 @@ class Program:
     fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     guards: tuple[str, ...] = ()
     owner: str = "model"
-    feed: Feed | None = None
+    feed: Feed | None = field(default=None, repr=False)
     held: Mapping[str, str] = field(default_factory=dict)
 
     # The two methods that ask for what lies above this layer find it by name.
