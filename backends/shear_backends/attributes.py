@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from shear_backends.verify import evaluation, run
 from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, product, resolve
@@ -115,6 +116,9 @@ class _Sites:
         for name, dims in groups.axes.of_param.items():
             path, _, leaf = name.rpartition(".")
             self._put(self.own, path, ("own", leaf), dims)
+            made = _parametrized(model, name)
+            if made is not None:
+                self._put(self.own, made[0], ("own", made[1]), dims)
             parent, _, child = path.rpartition(".")
             self._put(self.below, parent, ("below", child, leaf), dims)
         ordinals: dict[str, int] = {}
@@ -231,11 +235,11 @@ def _constructor_dims(module: nn.Module) -> dict[str, Site]:
 
     Only for modules that hold parameters themselves and whose constructor takes plain values kept as attributes.
     """
-    own = dict(module.named_parameters(recurse=False))
-    if not own or next(module.children(), None) is not None:
+    kind, own = _as_constructed(module)
+    if not own or any(name != "parametrizations" for name, _ in module.named_children()):
         return {}
     arguments: dict[str, Any] = {}
-    for name, parameter in list(inspect.signature(type(module).__init__).parameters.items())[1:]:
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         if name in ("device", "dtype") or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if hasattr(module, name):
@@ -243,9 +247,9 @@ def _constructor_dims(module: nn.Module) -> dict[str, Site]:
             arguments[name] = value if not isinstance(value, torch.Tensor) else True
         elif parameter.default is parameter.empty:
             return {}
-    build = _builder(type(module), arguments)
+    build = _builder(kind, arguments)
     base = build({})
-    if base is None or base != {n: tuple(p.shape) for n, p in own.items()}:
+    if base is None or base != own:
         return {}
     found: dict[str, Site] = {}
     for name, value in arguments.items():
@@ -255,6 +259,26 @@ def _constructor_dims(module: nn.Module) -> dict[str, Site]:
             if dims and all(base[p][d] == value for p, d in dims):
                 found[name] = ("own", *dims[0])
     return found
+
+
+def _as_constructed(module: nn.Module) -> tuple[type[nn.Module], dict[str, tuple[int, ...]]]:
+    """The class and the shapes of the tensors that a constructor made, before parametrizations took their place."""
+    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    if not parametrize.is_parametrized(module):
+        return type(module), own
+    made: Any = module.parametrizations
+    return type(module).__bases__[0], {**{name: tuple(getattr(module, name).shape) for name in made}, **own}
+
+
+def _parametrized(model: nn.Module, name: str) -> tuple[str, str] | None:
+    """The module and the tensor that a parameter stands for, where it has the same shape; None for any other."""
+    owner, found, rest = name.rpartition(".parametrizations.")
+    tensor, _, leaf = rest.partition(".")
+    if not found or not leaf.startswith("original"):
+        return None
+    module = model.get_submodule(owner)
+    stored = getattr(model.get_submodule(name.rpartition(".")[0]), leaf)
+    return (owner, tensor) if getattr(module, tensor).shape == stored.shape else None
 
 
 def _builder(kind: type[nn.Module], arguments: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Any]:

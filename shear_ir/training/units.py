@@ -151,7 +151,7 @@ class Units:
         made_by_adapters = {name for a in find_adapters(self.model) for name in (a.a, a.b, a.b_bias, a.magnitude)}
         for group in self.groups:
             for piece in group.slices:
-                if piece.parameter in made_by_adapters:
+                if piece.parameter in made_by_adapters or piece.spared:
                     continue
                 if base_name(piece.parameter) not in named:
                     if base_name(piece.parameter) in others or piece.parameter.startswith(("c_", "lifted_")):

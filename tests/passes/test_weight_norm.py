@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
+from shear_ir.training.units import Units
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.select.build import build_plan
 from tests.golden import expect
@@ -177,3 +178,17 @@ def test_a_gain_that_is_read_elsewhere_cannot_follow() -> None:
         a b: a norm whose tensors are computed, or used elsewhere, runs over the axis at %_weight_norm_default = aten._weight_norm
         """,
     )
+
+
+def test_units_that_training_masks_are_zero_and_no_quotient_of_zeros() -> None:
+    model = vocoder("rows")
+    groups = sir.groups(sir.trace(model, SOUND))
+    first = groups.by_name["c0"]
+    units = Units(model, [first])
+    gone = torch.zeros(first.size, dtype=torch.bool)
+    gone[[2, 5]] = True
+    before = model(SOUND)
+    with units.masked(gone):
+        assert torch.equal(model.first(SOUND)[:, [2, 5]], torch.zeros(2, 2, 17))
+        assert bool(model(SOUND).isfinite().all())
+    assert torch.equal(model(SOUND), before)

@@ -19,6 +19,7 @@ from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.residual_blocks import Block, FindBlocks
 from shear_passes.analysis.roles import Kind, find_roles
 from shear_passes.analysis.vanish import FindZeros, Zeros
+from shear_passes.analysis.weight_norms import weight_norms
 
 _SHORT: dict[Kind, str] = {
     "ffn": "ffn", "kv_head": "kv", "query_group": "q", "head_dim": "d", "rotary_pair": "r", "residual": "h",
@@ -115,11 +116,14 @@ def _called(group: BlockGroup, name: str) -> BlockGroup:
 
 def _slices(program: Program, axes: Axes) -> dict[Axis, list[Slice]]:
     found: dict[Axis, list[Slice]] = {}
+    # Of ``g * v / |v|`` a row goes by a zero of g.
+    rows = {(v, d) for g, v in weight_norms(program) for d, dim in enumerate(axes.of_param[g]) if dim.size > 1}
     for name in program.params:
         for place, dim in enumerate(axes.of_param[name]):
             solved = resolve(dim)
             for atom in dict.fromkeys(atoms(solved)):
-                found.setdefault(atom, []).append(Slice(name, place, solved, atom))
+                spared = (name, place) in rows
+                found.setdefault(atom, []).append(Slice(name, place, solved, atom, spared=spared))
     return found
 
 

@@ -11,12 +11,17 @@ from shear_passes.analysis.roles import Kind
 
 @dataclass(frozen=True)
 class Slice:
-    """One place a group's axis occurs in: a dim of a parameter, whose expression says which index is whose."""
+    """One place a group's axis occurs in: a dim of a parameter, whose expression says which index is whose.
+
+    ``spared``: a mask of zeros leaves it as it is, for it is divided by its norm, and another slice removes it.
+    """
 
     parameter: str
     dim: int
     expression: Dim
     axis: Axis
+    _: KW_ONLY
+    spared: bool = False
 
     @cached_property
     def index_map(self) -> list[Indices]:

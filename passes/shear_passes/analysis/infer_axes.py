@@ -118,7 +118,7 @@ class Inference:
             barriers=self.barriers,
             rankings=tuple([replace(r, over=resolve(r.over)) for r in self.rankings]),
             numbers={value: resolve(dim) for value, dim in self.numbers.items()},
-            aligned=tuple([(resolve(dim), *multiples) for dim, *multiples in self.aligned]),
+            aligned=tuple([(resolve(dim), multiple, needed) for dim, multiple, needed in self.aligned]),
         )
 
     def _hold_unchosen(self) -> None:

@@ -75,7 +75,7 @@ class _MaskObserver(Observer):
         self.starts = dict(zip(groups, np.cumsum([0, *(g.size for g in groups)]).tolist(), strict=False))
         self.places: dict[str, list[tuple[Group, int, npt.NDArray[np.int64]]]] = {}
         for group in groups:
-            for piece in group.slices:
+            for piece in (s for s in group.slices if not s.spared):
                 for owner in piece.index_map:
                     self.places.setdefault(piece.parameter, []).append((group, piece.dim, owner))
         self.losses = np.zeros(len(masks))
