@@ -203,8 +203,8 @@ def _failing_modules(model: nn.Module, failure: Exception) -> list[tuple[str, nn
     while frame is not None:
         owner = frame.tb_frame.f_locals.get("self")
         running = frame.tb_frame.f_code.co_name not in _CALLS  # forward, or what was put around it
-        known = running and isinstance(owner, nn.Module) and bool(paths.get(id(owner)))
-        if known and (not found or found[-1][1] is not owner):
+        again = bool(found) and found[-1][1] is owner
+        if running and isinstance(owner, nn.Module) and paths.get(id(owner)) and not again:
             found.append((paths[id(owner)], owner))
         frame = frame.tb_next
     return found

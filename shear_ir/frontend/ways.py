@@ -107,7 +107,7 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     def leave(module: nn.Module, args: Any, result: Any) -> None:
         running.pop()
 
-    class Record(TorchDispatchMode):
+    class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
             found[running[-1] if running else ""].append((func, getattr(made, "shape", None)))
@@ -118,7 +118,7 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
-        with torch.no_grad(), _WithoutDropout(), Record():
+        with torch.no_grad(), _WithoutDropout(), Record():  # type: ignore[no-untyped-call]  # as above
             call(model, feed, **fixed)
     finally:
         for hook in hooks:
