@@ -94,7 +94,8 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
     def _parameter(self, value: Tensor) -> int | None:
         if id(value) in self.parameters:
             return id(value)
-        return self.places.get(_place(value)) if self.places else None
+        place = _place(value) if self.places else None
+        return None if place is None else self.places.get(place)
 
     def _read(self, key: int, value: Tensor) -> Tensor:
         dtype = self._raised(value.dtype)
