@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import networkx as nx
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from shear_backends import store
 from shear_backends.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
@@ -19,10 +19,12 @@ from shear_backends.graph import graph_module, tensors_of
 from shear_backends.masked_blocks import block_cuts
 from shear_backends.module import require_exact, shear_module
 from shear_backends.project import Projected, project_adapter
+from shear_backends.proof import by_structure
 from shear_backends.store import Saved
+from shear_backends.structure import Structure
 from shear_backends.verify import Report, evaluation, run
 from shear_backends.verify import verify as _verify
-from shear_ir.errors import PlanError
+from shear_ir.errors import PlanError, ShearError
 from shear_ir.frontend.adapter_files import adapter_tensors, base_of
 from shear_ir.frontend.base import base_view, has_adapters, plain_base, unwrapped
 from shear_ir.frontend.export import trace as _trace
@@ -154,11 +156,28 @@ def _fed(program: Program, model: nn.Module) -> Inputs | None:
 
 
 def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
-    """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths."""
+    """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths.
+
+    Beside these numbers, ``Report.structure`` says whether the program of ``small`` is the sheared one.
+    """
     model, small = unwrapped(model), unwrapped(small)
     here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
     with unchanged(model, small):
-        return _verify(model, small, here, given_inputs(model) if inputs is None else inputs, seed=seed)
+        report = _verify(model, small, here, given_inputs(model) if inputs is None else inputs, seed=seed)
+        return replace(report, structure=_structure(model, small, plan, inputs))
+
+
+def _structure(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any) -> Structure | None:
+    """What the programs say; None for graphs, and for adapters on a base that alone was planned for."""
+    if isinstance(small, fx.GraphModule):
+        return None
+    program = _program(model, inputs)
+    if program.digest != plan.digest:
+        return None
+    try:
+        return by_structure(model, groups(program), plan, small, _fed(program, model) or example_inputs(model))
+    except ShearError as failure:
+        return Structure(False, (), str(failure))
 
 
 def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program:

@@ -9,9 +9,9 @@ weights, and small ones would hide what differs.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_backends.graph import graph_module, tensors_of
-from shear_backends.structure import first_difference
+from shear_backends.structure import Structure, first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
@@ -46,26 +46,10 @@ _ROUNDING = 1e-9
 _FOLLOWS = 1e-6
 """Of what the cut changes: a difference that is not tiny beside it is one of the cut."""
 _CLEARLY = 0.05
-_LONGEST = 1 << 17
+_AFFORDED = 512
+"""Positions that attention is still run on, and not only traced."""
 _LARGEST = 1 << 26
 """Entries of an input that a longer trace may have."""
-
-
-@dataclass(frozen=True)
-class Structure:
-    """What proof by structure says of a sheared model. ``equal``: its program is the sheared one.
-
-    ``lengths``: the shapes of the main input at which it was compared. ``why``: where the two part, else empty; they
-    may compute the same function all the same.
-    """
-
-    equal: bool
-    lengths: tuple[tuple[int, ...], ...] = ()
-    why: str = ""
-
-    def __str__(self) -> str:
-        tried = ", ".join("x".join(map(str, shape)) for shape in self.lengths)
-        return f"equal programs over equal tensors, at {tried}" if self.equal else f"not decided: {self.why}"
 
 
 class Judge:
@@ -144,10 +128,14 @@ class Judge:
 
     def _same_numbers(self, made: Maker) -> bool:
         """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
+        feeds = [self.feed, *itertools.islice(longer(self.model, self.feed, _AFFORDED), 1)]
+        return all(self._same_on(given, made) for given in feeds)
+
+    def _same_on(self, given: Inputs, made: Maker) -> bool:
         for draw in (True, False):
             try:
                 dense = _in_double(self.model, draw)
-                feed = with_tensors(self.feed, lambda t: t.double() if t.is_floating_point() else t)
+                feed = with_tensors(given, lambda t: t.double() if t.is_floating_point() else t)
                 there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
                 small = made(dense)
                 with evaluation(dense), evaluation(small), torch.no_grad(), _Double():  # type: ignore[no-untyped-call]
@@ -211,13 +199,13 @@ def not_possible(groups: Groups, plan: Plan) -> str:
     return ""
 
 
-def longer(model: nn.Module, feed: Inputs) -> Iterator[Inputs]:
-    """Inputs like ``feed`` past the numbers that ``model`` and its config hold, the longest that run first.
+def longer(model: nn.Module, feed: Inputs, limit: int = 1 << 17) -> Iterator[Inputs]:
+    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` and its config hold, the longest first.
 
     Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
     """
     now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
-    numbers = sorted(n for n in numbers_of(model) if now <= n <= _LONGEST)
+    numbers = sorted(n for n in numbers_of(model) if now <= n <= limit)
     below, above = -1, len(numbers)
     if numbers and _runs(model, feed, _prime(numbers[-1] + 1, 1)):  # as where positions are rotated
         below = above - 1

@@ -18,8 +18,9 @@ from shear_backends.config_inference import infer_config
 from shear_backends.fits import Fit, find_fits, install_fits, needed, watch_fits
 from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import tensors_of
-from shear_backends.judge import Judge, Structure
+from shear_backends.judge import Judge
 from shear_backends.layers import drop_layers, moved, plain, stays
+from shear_backends.structure import Structure
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs

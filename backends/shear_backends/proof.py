@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from shear_backends.graph import tensors_of
-from shear_backends.judge import Judge, Structure
+from shear_backends.judge import Judge
 from shear_backends.module import RECORD, Record, state_of
+from shear_backends.structure import Structure
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.plans import Plan, original, renumbered

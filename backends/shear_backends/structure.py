@@ -50,6 +50,23 @@ class Canonical:
     unknown: str = ""
 
 
+@dataclass(frozen=True)
+class Structure:
+    """What proof by structure says of a sheared model. ``equal``: its program is the sheared one.
+
+    ``lengths``: the shapes of the main input at which it was compared. ``why``: where the two part, else empty; they
+    may compute the same function all the same.
+    """
+
+    equal: bool
+    lengths: tuple[tuple[int, ...], ...] = ()
+    why: str = ""
+
+    def __str__(self) -> str:
+        tried = ", ".join("x".join(map(str, shape)) for shape in self.lengths)
+        return f"equal programs over equal tensors, at {tried}" if self.equal else f"not decided: {self.why}"
+
+
 def canonical(program: Program) -> Canonical:
     """The canonical form of ``program``; linear in the number of its nodes."""
     return _Writer(program).run()

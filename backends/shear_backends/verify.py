@@ -24,6 +24,7 @@ from shear_backends.never_routed import never_route
 from shear_backends.precision import unit_of
 from shear_backends.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.stored import recomputed
+from shear_backends.structure import Structure
 from shear_backends.tried import Trial, longer, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
@@ -47,7 +48,8 @@ class Report:
     there in float64, how far the reference is from itself in the model's own precision, the difference that this
     rounding explains in float64, and where it is. ``sound``: the gap is at most the bound. ``lengths``: the shapes of
     the main input that were tried; ``notes``: what was tried beside them, or could not be. ``moved``: how far the
-    pruned outputs are from the dense ones, which says that the test saw the cut at all. ``judge``: what decided.
+    pruned outputs are from the dense ones, which says that the test saw the cut at all. ``structure``: what the
+    programs of both say, by a proof that knows nothing of these numbers; None where they were not compared.
     """
 
     max_abs_diff: float
@@ -59,7 +61,12 @@ class Report:
     bound: float = 0.0
     place: str = ""
     notes: tuple[str, ...] = ()
-    judge: Literal["numbers", "structure"] = "numbers"
+    structure: Structure | None = None
+
+    @property
+    def judge(self) -> Literal["numbers", "structure"]:
+        """What decides at every length: equal programs where they are, else the numbers at the lengths tried."""
+        return "structure" if self.structure is not None and self.structure.equal else "numbers"
 
     @property
     def sound(self) -> bool:
@@ -80,6 +87,7 @@ class Report:
         return (
             f"{verdict}: max abs diff {self.max_abs_diff:.3g} in float64 on inputs {tried}; rounding explains "
             f"{self.bound:.2g} (the model's own in its precision: {self.noise:.2g})"
+            + ("" if self.structure is None else f"; by structure: {self.structure}")
         )
 
 

@@ -100,7 +100,7 @@ def as_json(result: Pruned) -> dict[str, Any]:
         "cuts": [{"kind": kind, **_summary(cuts)} for kind, cuts in _by_kind(result.plan).items()],
         "options": dict(result.plan.options),
         "notes": list(result.plan.notes),
-        "verified": {**asdict(found), "sound": found.sound} if found else None,
+        "verified": {**asdict(found), "sound": found.sound, "judge": found.judge} if found else None,
         "stock": stock,
         "why_not_stock": why,
         "seconds": result.seconds,
