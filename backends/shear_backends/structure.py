@@ -153,7 +153,7 @@ class _Writer:
         if self.writes or not isinstance(source, fx.Node):
             return None
         mine, its = self.program.type(node), self.program.type(source)
-        if mine != its or mine is None:
+        if mine != its or its is None:
             return None
         copied = name in _COPIES or name in _RESHAPES or name == "expand"
         whole = name == "slice" and self._bounds(node, its)[1:] == (0, its.shape[self._bounds(node, its)[0]], 1)
