@@ -418,13 +418,13 @@ def markdown(runs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> s
     for ratio in sorted({r["ratio"] for r in rows}):
         lines += [
             f"## {100 * ratio:g} % of the parameters gone", "",
-            "| | perplexity against dense | " + " | ".join(DOMAINS) + " | mean NLL | tokens trained on | rate |",
-            "|---|" + "---:|" * (len(DOMAINS) + 4),
+            "| | perplexity against dense | " + " | ".join(DOMAINS) + " | mean NLL | tokens trained on | rate | seeds |",
+            "|---|" + "---:|" * (len(DOMAINS) + 5),
         ]  # fmt: skip
         for row in (r for r in rows if r["ratio"] == ratio):
             cells = [f"{100 * row['growth']:+.1f} ± {100 * row['spread']:.1f} %"]
             cells += [f"{row['perplexity'][d]:.2f}" for d in DOMAINS]
-            cells += [f"{row['nll']:.4f}", f"{row['tokens']:,.0f}", row["rate"]]
+            cells += [f"{row['nll']:.4f}", f"{row['tokens']:,.0f}", row["rate"], str(row["seeds"])]
             lines.append(f"| {VARIANTS[row['variant']]} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [f"- {sentence}" for sentence in verdicts(runs)]
