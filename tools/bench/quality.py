@@ -418,7 +418,7 @@ def markdown(runs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> s
     for ratio in sorted({r["ratio"] for r in rows}):
         lines += [
             f"## {100 * ratio:g} % of the parameters gone", "",
-            "| | perplexity against dense | " + " | ".join(DOMAINS) + " | mean NLL | tokens trained on | rate | seeds |",
+            "| | perplexity against dense | " + " | ".join(DOMAINS) + " | mean NLL | tokens | rate | seeds |",
             "|---|" + "---:|" * (len(DOMAINS) + 5),
         ]  # fmt: skip
         for row in (r for r in rows if r["ratio"] == ratio):
