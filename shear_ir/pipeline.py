@@ -171,7 +171,7 @@ def _structure(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any) -> S
     """What the programs say; None for graphs, and for adapters on a base that alone was planned for."""
     if isinstance(small, fx.GraphModule):
         return None
-    program = _program(model, inputs)
+    program = _program(model, inputs[0] if isinstance(inputs, list) and inputs else inputs)
     if program.digest != plan.digest:
         return None
     try:

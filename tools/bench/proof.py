@@ -174,7 +174,7 @@ def main(
     except KeyboardInterrupt:
         console.print("stopped: what is done is kept, and the next call goes on from there")
         raise typer.Exit(130) from None
-    answers = [answer for n in everything if (answer := store.get(n)) is not None]
+    answers: list[Answer] = [kept for n in everything if (kept := store.get(n)) is not None]
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "proof.md").write_text(markdown(answers, store.versions, len(everything)), encoding="utf-8")
     console.print("\n".join(markdown(answers, store.versions, len(everything)).splitlines()[:12]), markup=False)
