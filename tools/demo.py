@@ -89,7 +89,8 @@ def real_model(out: Path) -> dict[str, Any]:
     dense, data, small = fetch("smollm2"), make(), out / "smollm2"
     options = ["--data", shown(data), "--samples", "64", "--importance", "flap", "--repair", "least-squares"]
     command = ["prune", shown(dense), "--ratio", f"{RATIO:g}", *options, "-o", shown(small)]
-    console.print(f"$ {shlex.join(['shear-ir', *command])}", markup=False, highlight=False, soft_wrap=True)
+    typed = shlex.join(["shear-ir", *command]).replace(f"{out.name}/", f"{out.name.removesuffix('.new')}/")
+    console.print(f"$ {typed}", markup=False, highlight=False, soft_wrap=True)
     run = [sys.executable, "-m", "shear_ir", *command, "--json"]
     with timed() as took:
         done = subprocess.run(run, stdout=subprocess.PIPE, check=False)
@@ -198,7 +199,7 @@ def show_model(found: Mapping[str, Any]) -> None:
     console.print(made)
     loader = "AutoModelForCausalLM.from_pretrained" if found["stock"] else "shear_ir.load"
     took = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in found["seconds"].items())
-    console.print(f"\nproved to be the masked original; saved to {found['saved']} for {loader}; {took}", soft_wrap=True)
+    console.print(f"\nproved to be the masked original; {loader} reads it; {took}", soft_wrap=True)
     console.print(
         f"after {PROMPTS[found['model']].strip()!r} each goes on, the likeliest token each time:", soft_wrap=True
     )
