@@ -112,19 +112,17 @@ class Judge:
 
         Raises ``ShearingError`` where the dense model takes another way there, in which the plan is not possible.
         """
-        for feed in longer(self.model, self.feed):
-            try:
-                there = AnalysisManager(raise_lora(trace(self.model, feed))).get(FindGroups())
-            except ShearError:
-                continue
-            against = not_possible(there, self.plan)
-            if against:
-                raise ShearingError(
-                    f"with inputs of {_told(feed)}, the forward of {type(self.model).__name__} takes another way than "
-                    f"with {_told(self.feed)}, and there {against}: leave the group whole, or plan with such inputs"
-                )
-            return feed, shear_program(there, self.plan)
-        return None
+        found = _further(self.model, self.groups, self.feed)
+        if found is None:
+            return None
+        feed, there = found
+        against = not_possible(there, self.plan)
+        if against:
+            raise ShearingError(
+                f"with inputs of {_told(feed)}, the forward of {type(self.model).__name__} takes another way than "
+                f"with {_told(self.feed)}, and there {against}: leave the group whole, or plan with such inputs"
+            )
+        return feed, shear_program(there, self.plan)
 
     def _same_numbers(self, made: Maker) -> bool:
         """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
@@ -184,6 +182,22 @@ class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
         doubled = [torch.float64 if a is torch.float32 else a for a in args]
         named = {n: torch.float64 if a is torch.float32 else a for n, a in (kwargs or {}).items()}
         return func(*doubled, **named)
+
+
+def _further(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Inputs, Groups] | None:
+    """The longest inputs that can be traced, and the groups there; kept with the program, for all plans ask it."""
+    known: dict[Any, Any] = vars(groups.program).setdefault("_further", {})
+    if _shape(feed) not in known:
+        known[_shape(feed)] = None
+        for given in longer(model, feed):
+            try:
+                program = raise_lora(trace(model, given))
+            except ShearError:
+                continue
+            known[_shape(feed)] = given, AnalysisManager(program).get(FindGroups())
+            break
+    found: tuple[Inputs, Groups] | None = known[_shape(feed)]
+    return found
 
 
 def not_possible(groups: Groups, plan: Plan) -> str:
