@@ -163,7 +163,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *
     model, small = unwrapped(model), unwrapped(small)
     here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
     with unchanged(model, small):
-        report = _verify(model, small, here, given_inputs(model) if inputs is None else inputs, seed=seed)
+        given = given_inputs(model) if inputs is None else inputs
+        more = inputs is None and given is not None
+        report = _verify(model, small, here, given, seed=seed, more=more)
         return replace(report, structure=_structure(model, small, plan, inputs))
 
 
@@ -171,10 +173,11 @@ def _structure(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any) -> S
     """What the programs say; None for graphs, and for adapters on a base that alone was planned for."""
     if isinstance(small, fx.GraphModule):
         return None
-    program = _program(model, inputs[0] if isinstance(inputs, list) and inputs else inputs)
-    if program.digest != plan.digest:
-        return None
+    first = inputs[0] if isinstance(inputs, list) and inputs else inputs  # verify takes the inputs of several calls
     try:
+        program = _program(model, first)
+        if program.digest != plan.digest:
+            return None
         return by_structure(model, groups(program), plan, small, _fed(program, model) or example_inputs(model))
     except ShearError as failure:
         return Structure(False, (), str(failure))

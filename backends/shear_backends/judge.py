@@ -10,24 +10,22 @@ weights, and small ones would hide what differs.
 from __future__ import annotations
 
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.utils import _compiling_state_context
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.sizes import apart, longer
 from shear_backends.structure import Structure, first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.feeds import tensors_in, with_tensors
-from shear_ir.frontend.inputs import Inputs, example_inputs
+from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
@@ -48,8 +46,6 @@ _FOLLOWS = 1e-6
 _CLEARLY = 0.05
 _AFFORDED = 512
 """Positions that attention is still run on, and not only traced."""
-_LARGEST = 1 << 26
-"""Entries of an input that a longer trace may have."""
 
 
 class Judge:
@@ -126,7 +122,9 @@ class Judge:
 
     def _same_numbers(self, made: Maker) -> bool:
         """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
-        feeds = [self.feed, *itertools.islice(longer(self.model, self.feed, _AFFORDED), 1)]
+        other = apart(self.model, self.feed)
+        feeds = [self.feed, *([] if other is None else [other])]
+        feeds += itertools.islice(longer(self.model, self.feed, _AFFORDED), 1)
         return all(self._same_on(given, made) for given in feeds)
 
     def _same_on(self, given: Inputs, made: Maker) -> bool:
@@ -213,75 +211,6 @@ def not_possible(groups: Groups, plan: Plan) -> str:
     return ""
 
 
-def longer(model: nn.Module, feed: Inputs, limit: int = 1 << 17) -> Iterator[Inputs]:
-    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` and its config hold, the longest first.
-
-    Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
-    """
-    now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
-    numbers = sorted(n for n in numbers_of(model) if now <= n <= limit)
-    below, above = -1, len(numbers)
-    if numbers and _runs(model, feed, _prime(numbers[-1] + 1, 1)):  # as where positions are rotated
-        below = above - 1
-    while above - below > 1:  # what is too long stays so when it is longer
-        middle = (below + above) // 2
-        if _runs(model, feed, _prime(numbers[middle] + 1, 1)):
-            below = middle
-        else:
-            above = middle
-    if above < len(numbers):  # up to the limit itself, which may be the number of positions
-        numbers.insert(above, _prime(numbers[above] - 2, -1) - 1)
-        below = above
-    for number in reversed(numbers[max(0, below - 1) : below + 1]):
-        length = _prime(number + 1, 1)
-        if length > now and _runs(model, feed, length):
-            yield example_inputs(model, length=length)
-
-
-def numbers_of(model: nn.Module) -> set[int]:
-    """The whole numbers of a model's config and of its modules' plain attributes, in lists and tuples too."""
-    config: Any = getattr(model, "config", None)
-    stack: list[Any] = [config.to_dict()] if hasattr(config, "to_dict") else []
-    stack += [value for m in model.modules() for name, value in vars(m).items() if not name.startswith("_")]
-    found: set[int] = set()
-    while stack:
-        value = stack.pop()
-        if type(value) is int:
-            found.add(value)
-        elif isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, list | tuple):
-            stack.extend(value)
-    return found
-
-
-def _runs(model: nn.Module, feed: Inputs, length: int) -> bool:
-    """Whether ``model`` takes such inputs of this length, which is one that they can have."""
-    try:
-        made = example_inputs(model, length=length)
-        like = made.keys() == feed.keys() and length in _shape(made)
-        if not like or any(v.numel() > _LARGEST for v in tensors_in(made).values()):
-            return False
-        with evaluation(model), torch.no_grad():
-            _fake_run(model, made)
-    except Exception:  # too long for its positions, in the model's own words
-        return False
-    return True
-
-
-def _fake_run(model: nn.Module, feed: Inputs) -> None:
-    """Run ``model`` on shapes alone, as torch.export does; what it keeps and writes is not touched."""
-    silent = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a run that fails is an answer
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context():
-            memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
-            fake = copied(model, memo)
-            run(fake, with_tensors(feed, mode.from_tensor))
-    finally:
-        logging.disable(silent)
-
-
 def _in_double(model: nn.Module, draw: bool) -> nn.Module:
     """A copy of ``model`` in double precision; with ``draw``, over weights of the size that trained ones have."""
     generator = torch.Generator().manual_seed(0)
@@ -303,10 +232,3 @@ def _shape(feed: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _told(feed: Mapping[str, Any]) -> str:
     return " x ".join(map(str, _shape(feed)))
-
-
-def _prime(number: int, step: int) -> int:
-    """The nearest prime at ``number`` or further by ``step``."""
-    while number > 2 and any(number % d == 0 for d in range(2, int(number**0.5) + 1)):
-        number += step
-    return number

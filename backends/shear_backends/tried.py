@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shear_backends import sizes
 from shear_backends.sides import Call
+from shear_backends.sizes import apart, numbers_of, prime
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
@@ -58,22 +61,31 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
     return [*asked, Trial("training", feed, in_training, further=True)]
 
 
-def longer(model: nn.Module, sizes: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Trial]:
+def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Trial]:
     """Inputs past the whole numbers that the model and its config hold, the longest first, and as long as they are.
 
-    One that counts positions, a window or a bucket shows itself only there. Other ``sizes`` than were tried, and as far
+    One that counts positions, a window or a bucket shows itself only there. Other sizes than were ``tried``, and as far
     as that is quick: what is longer is not tried.
     """
-    # The judge of modules compares by what is here.
-    from shear_backends.judge import numbers_of
-
-    weights = max(1, sum(p.numel() for p in model.parameters()))
-    most = min(_LONGEST, _PRODUCTS // weights)
+    most = _affordable(model)
     numbers = sorted((n for n in numbers_of(model) if 16 < n < most), reverse=True)
-    for length in [length for n in numbers[:8] for length in (_prime(n + 1), n)]:
+    for length in [length for n in numbers[:8] for length in (prime(n + 1), n)]:
         trial = _asked(example_inputs(model, batch=1, length=length, seed=seed + 2))
-        if length in trial.size and trial.size not in sizes:
+        if length in trial.size and trial.size not in tried:
             yield trial
+
+
+def resized(model: nn.Module, inputs: Any) -> Iterator[Trial]:
+    """``inputs`` of another batch and length, and past the whole numbers of the model; those of them that it takes."""
+    feed = _placed(model, as_inputs(model, inputs))
+    other = apart(model, feed)
+    yield from () if other is None else (_asked(other),)
+    yield from map(_asked, itertools.islice(sizes.longer(model, feed, _affordable(model)), 1))
+
+
+def _affordable(model: nn.Module) -> int:
+    """As many positions as are quick."""
+    return min(_LONGEST, _PRODUCTS // max(1, sum(p.numel() for p in model.parameters())))
 
 
 def step_by_step(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
@@ -127,10 +139,3 @@ def _asked(feed: Inputs) -> Trial:
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:
     return with_tensors(feed, lambda tensor: tensor.to(device_of(model)))
-
-
-def _prime(number: int) -> int:
-    """The least prime from ``number`` on."""
-    while any(number % d == 0 for d in range(2, int(number**0.5) + 1)):
-        number += 1
-    return number

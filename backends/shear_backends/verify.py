@@ -25,7 +25,7 @@ from shear_backends.precision import unit_of
 from shear_backends.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.stored import recomputed
 from shear_backends.structure import Structure
-from shear_backends.tried import Trial, longer, run, trials
+from shear_backends.tried import Trial, longer, resized, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
 from shear_ir.frontend.kept import forget_kept
@@ -91,14 +91,17 @@ class Report:
         )
 
 
-def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
+def verify(
+    model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0, more: bool = False
+) -> Report:
     """Compare ``small`` with ``model`` masked by ``plan``, in float64, on random inputs of several sizes.
 
     Removed slices are zero in the reference, and removed blocks add zero to their streams. Neither model is changed
     or copied.
 
-    ``inputs``: forward arguments to use instead, or a list of them. Raises ``PlanError`` when ``model`` is not the
-    one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
+    ``inputs``: forward arguments to use instead, or a list of them; with ``more``, those of one call, which are tried
+    in other sizes too, as far as the model takes them and a graph is not of fixed sizes. Raises ``PlanError`` when
+    ``model`` is not the one the plan was made for, ``UnsoundError`` when its forward draws random numbers.
     """
     with evaluation(model), evaluation(small):
         comparison = _Comparison(model, small, plan)
@@ -107,6 +110,9 @@ def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *
         if inputs is None:
             # The first of those that the model takes.
             comparison.ask_first(longer(model, tuple(comparison.sizes), seed))
+        elif more:
+            for trial in resized(model, inputs):
+                comparison.ask_first([trial])
     return comparison.report()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shear_ir as sir
-from shear_backends.judge import longer
+from shear_backends.sizes import longer
 from shear_backends.structure import first_difference
 from tests.zoo import build
 
