@@ -191,7 +191,8 @@ class _Comparison:
             self.most = math.inf
             return
         nudged = self._found(trial, self.nudge) if self.nudge else None
-        gaps = compared(place, expected, found, self._rounded(trial, expected), nudged, self.unit)
+        rounded, unit = self._rounded(trial, expected)
+        gaps = compared(place, expected, found, rounded, nudged, unit)
         if not trial.further:
             dense = self._exact(self.dense, trial)
             if not all(gap.sound for gap in gaps):
@@ -207,16 +208,16 @@ class _Comparison:
     def _exact(self, side: Side, trial: Trial) -> tuple[Tensor, ...]:
         return side.ask(trial.call, trial.feed, torch.float64)
 
-    def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The reference in the model's own precision; in float32 where that overflows or has no kernels."""
-        for dtype in (None, torch.float32):
+    def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], float]:
+        """The reference in the model's own precision, and its rounding; in float32 where that does not run."""
+        for dtype, unit in ((None, self.unit), (torch.float32, unit_of(torch.float32))):
             try:
                 found = self.reference.ask(trial.call, trial.feed, dtype)
             except Exception:  # whatever the model's code raises for lack of a kernel
                 continue
             if math.isfinite(difference(expected, found)):
-                return found
-        return ()
+                return found, unit
+        return (), self.unit
 
     def _refuse_chance(self, trial: Trial, first: Sequence[Tensor]) -> None:
         """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
