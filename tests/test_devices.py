@@ -33,6 +33,8 @@ from tests.training.tiny import adapted, base_groups, lhspg, tokens
 from tests.workflow.tiny import RECIPE, run, write_data
 from tests.zoo import FAMILIES
 
+pytestmark = pytest.mark.apart
+
 CPU = torch.device("cpu")
 CRITERIA = [
     Magnitude(), Magnitude(p=1), Taylor(), Taylor(order="mixed"), Taylor(vector=True), LoraGuided(rank=2),

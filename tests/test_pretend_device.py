@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tests.pretend_device import Pretend, PretendTensor, TwoDevicesError, pretend_device
 
+pytestmark = pytest.mark.apart
+
 ids = torch.tensor([2, 0])
 REFUSED: dict[str, Callable[[Tensor, Tensor], object]] = {
     "a sum": lambda x, y: x + y,

@@ -26,12 +26,12 @@ def shared_traces() -> Iterator[None]:
 
 
 def _remembering(trace: Callable[..., Program]) -> Callable[..., Program]:
-    def remembered(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
+    def remembered(model: nn.Module, inputs: Any = None, *, dynamic: bool = False, ways: bool = False) -> Program:
         if inputs is not None or any(map(_changed, model.modules())):
-            return trace(model, inputs, dynamic=dynamic)
-        key = (_structure(model), dynamic)
+            return trace(model, inputs, dynamic=dynamic, ways=ways)
+        key = (_structure(model), dynamic, ways)
         if key not in _KNOWN:
-            _KNOWN[key] = trace(model, dynamic=dynamic)
+            _KNOWN[key] = trace(model, dynamic=dynamic, ways=ways)
         # A program of its own, which knows this model and keeps its analyses.
         return replace(_KNOWN[key])
 

@@ -10,21 +10,22 @@ weights, and small ones would hide what differs.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, fx, nn
 
 from shear_backends.graph import graph_module, tensors_of
+from shear_backends.sides import Side
 from shear_backends.sizes import apart, longer
 from shear_backends.structure import Structure, first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
-from shear_ir.frontend.feeds import tensors_in, with_tensors
+from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
@@ -41,6 +42,8 @@ Maker = Callable[[nn.Module], nn.Module]
 
 _ROUNDING = 1e-9
 """Of the largest output: double precision is a million times finer, and single precision a hundred times coarser."""
+_SINGLE = 1e-5
+"""The same where a part of the program computes in its own precision, whatever it is asked for."""
 _FOLLOWS = 1e-6
 """Of what the cut changes: a difference that is not tiny beside it is one of the cut."""
 _CLEARLY = 0.05
@@ -130,19 +133,19 @@ class Judge:
     def _same_on(self, given: Inputs, made: Maker) -> bool:
         for draw in (True, False):
             try:
-                dense = _in_double(self.model, draw)
-                feed = with_tensors(given, lambda t: t.double() if t.is_floating_point() else t)
-                there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
-                small = made(dense)
-                with evaluation(dense), evaluation(small), torch.no_grad(), _Double():  # type: ignore[no-untyped-call]
-                    expected, before = self._expected(dense, there, feed), run(dense, feed)
-                    gap = difference(expected, run(small, feed))
+                dense = _drawn(self.model) if draw else self.model
+                there = AnalysisManager(raise_lora(trace(dense, given))).get(FindGroups())
+                asked = (self._sheared(dense, there), dense, made(dense))
+                expected, before, found = (_exactly(each, given) for each in asked)
+                gap = difference(expected, found)
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
                 self.why = self.why or f" ({type(failure).__name__}: {failure})"
                 continue
             scale = max([0.0, *(float(t.abs().max()) for t in expected if t.numel())])
             moved = difference(expected, before)
             bound = _ROUNDING * scale if moved in (0.0, float("inf")) else min(_ROUNDING * scale, _FOLLOWS * moved)
+            if any(_runs_python(node) for node in there.program.nodes):
+                bound = _SINGLE * scale
             if gap <= max(bound, 1e-13 * scale):
                 return True
             self.why = self.why or f" (outputs differ by {gap:.3g}, up to {scale:.3g})"
@@ -150,13 +153,12 @@ class Judge:
                 return False
         return False
 
-    def _expected(self, dense: nn.Module, groups: Groups, feed: Inputs) -> tuple[Tensor, ...]:
-        program = shear_program(groups, self.plan)
+    def _sheared(self, dense: nn.Module, groups: Groups) -> nn.Module:
+        """The sheared program over the tensors of ``dense``."""
         named = tensors_of(dense)
         owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
         cut = shear_tensors({name: named[name] for name in owned}, groups, self.plan)
-        with torch.no_grad():
-            return tuple(graph_module(program, cut)(**feed))
+        return graph_module(shear_program(groups, self.plan), cut)
 
     def require_trace(self) -> None:
         """Raise ``ShearingError`` where the graph of the dense model does not compute what the model itself does."""
@@ -173,18 +175,25 @@ class Judge:
             )
 
 
-class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Computes in double precision what forward asks to be computed in single, as norms do of themselves."""
+def _runs_python(node: fx.Node) -> bool:
+    """Whether a call runs a module that was not looked into, in that module's own precision."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "shear_ir"
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        doubled = [torch.float64 if a is torch.float32 else a for a in args]
-        named = {n: torch.float64 if a is torch.float32 else a for n, a in (kwargs or {}).items()}
-        return func(*doubled, **named)
+
+def _exactly(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
+    """What ``model`` says in double precision, also where its forward asks for single."""
+    with evaluation(model):
+        return Side.of(model).ask(run, feed, torch.float64)
+
+
+_known: weakref.WeakKeyDictionary[fx.Graph, dict[tuple[int, ...], tuple[Inputs, Groups] | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _further(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Inputs, Groups] | None:
-    """The longest inputs that can be traced, and the groups there; kept with the program, for all plans ask it."""
-    known: dict[Any, Any] = vars(groups.program).setdefault("_further", {})
+    """The longest inputs that can be traced, and the groups there; kept with the graph, for all plans ask it."""
+    known = _known.setdefault(groups.program.graph, {})
     if _shape(feed) not in known:
         known[_shape(feed)] = None
         for given in longer(model, feed):
@@ -194,8 +203,7 @@ def _further(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Inputs, Gr
                 continue
             known[_shape(feed)] = given, AnalysisManager(program).get(FindGroups())
             break
-    found: tuple[Inputs, Groups] | None = known[_shape(feed)]
-    return found
+    return known[_shape(feed)]
 
 
 def not_possible(groups: Groups, plan: Plan) -> str:
@@ -211,19 +219,18 @@ def not_possible(groups: Groups, plan: Plan) -> str:
     return ""
 
 
-def _in_double(model: nn.Module, draw: bool) -> nn.Module:
-    """A copy of ``model`` in double precision; with ``draw``, over weights of the size that trained ones have."""
+def _drawn(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` over weights drawn anew, of the size that trained ones have."""
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_floating_point() or id(tensor) in memo:
+    for tensor in model.parameters():
+        if not tensor.is_floating_point():
             continue
-        made = tensor.detach().double()
-        if draw and isinstance(tensor, nn.Parameter):
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-            made = noise * (tensor[0].numel() ** -0.5) if tensor.dim() > 1 and tensor.numel() else made + 0.1 * noise
-        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copied(model, memo).double()
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        wide = tensor.dim() > 1 and tensor.numel()
+        made = noise * (tensor[0].numel() ** -0.5) if wide else tensor.detach().double() + 0.1 * noise
+        memo[id(tensor)] = nn.Parameter(made.to(tensor.dtype), tensor.requires_grad)
+    return copied(model, memo)
 
 
 def _shape(feed: Mapping[str, Any]) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     state = {id(t) for t in model.state_dict(keep_vars=True).values()}
     empty = {id(t): t.detach().to("meta") for t in tensors_of(model).values() if id(t) in state}
     kept = {id(p): nn.Parameter(empty[id(p)], p.requires_grad) for p in model.parameters() if id(p) in empty}
-    skeleton = copy.deepcopy(model, {**empty, **kept})
+    skeleton = copied(model, {**empty, **kept})
     vars(skeleton).pop(RECORD, None)
     return skeleton
 
