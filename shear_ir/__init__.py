@@ -25,6 +25,7 @@ _HOMES = {
     "repair": "shear_ir.repairing",
     "rotate": "shear_ir.repairing",
     "with_biases": "shear_ir.repairing",
+    "with_rms_norms": "shear_ir.repairing",
     "verify": "shear_ir.pipeline",
     "save": "shear_ir.pipeline",
     "load": "shear_ir.pipeline",

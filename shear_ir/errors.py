@@ -41,3 +41,7 @@ class SaveError(ShearError):
 
 class InvalidProgram(Exception):
     """A pass broke an invariant of the Program: a fault of shear-ir, never of its user."""
+
+
+class CostWarning(UserWarning):
+    """What was asked for is done, and the model has become larger by it; the message says by how much."""

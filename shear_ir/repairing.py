@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from shear_backends.biases import with_biases as give_biases
 from shear_backends.graph import tensors_of
+from shear_backends.module import RECORD
+from shear_backends.rms_norms import RmsNorms, exchange
 from shear_backends.untied import untied
 from shear_backends.verify import difference, evaluation, run
-from shear_ir.errors import PlanError
+from shear_ir.errors import CostWarning, PlanError
 from shear_ir.frontend.base import has_adapters, unwrapped
 from shear_ir.frontend.feeds import inputs_of
 from shear_ir.frontend.unchanged import copied
@@ -27,6 +29,7 @@ from shear_passes.importance.calibration import Progress
 from shear_passes.importance.scoring import prepared
 from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.repair import FlapBias, LeastSquares, Repair
+from shear_passes.repair.centred_stream import layer_normed, rms_normed
 from shear_passes.repair.rotate_heads import rotated_heads
 from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, tied_readers, with_plain_norms
 from shear_passes.select.choose import DEFAULT_KINDS
@@ -87,28 +90,70 @@ def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:
     return _checked(model, give_biases(model, reading), inputs)
 
 
+def with_rms_norms(model: nn.Module, inputs: Any = None) -> nn.Module:
+    """A copy of ``model`` whose residual stream is centred, and is read through RMS norms instead of layer norms.
+
+    The same function (SliceGPT, section 3.2): what writes to the stream loses its mean over the channels, what reads it
+    carries scale and shift of the norm. Embeddings that are tied to the head are untied, and a head without a bias may
+    get one, both warned of with their cost. Stock classes do not build such norms; ``save`` keeps them in its record. A
+    model without layer norms over its stream is returned as it is. Raises ``PlanError`` where something else than
+    layer norms reads the stream, as after post-norm blocks, or what is written to it is not linear in parameters.
+    """
+    model = unwrapped(model)
+    _require_merged(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there are no norms to fold into them")
+    if _halves(model):
+        single = copied(model).float()
+        exact = with_rms_norms(single, inputs)
+        return model if exact is single else _rounded(exact, model)
+    found = groups(trace(model, inputs))
+    stream = layer_normed(found)
+    if stream is None:
+        return model
+    if RECORD in vars(model):
+        raise PlanError(f"this {type(model).__name__} has been sheared: give its layer norms up before it is cut")
+    tied = stream.tied(found.program.params)
+    if tied:
+        model = _untied(model, tied, "since it alone reads a norm, whose scale moves into it")
+        found = groups(trace(model, inputs))
+        stream = layer_normed(found)
+        assert stream is not None
+    changed, biases = rms_normed(_weights(model, found), stream)
+    made = _with(model, changed)
+    norms = {norm.module: norm.eps for norm in stream.norms.values()}
+    exchange(made, RmsNorms(norms, tuple(biases)), biases)
+    if biases:
+        more = sum(bias.numel() for bias in biases.values())
+        warnings.warn(
+            f"{', '.join(biases)} gets a bias, since the shift of the norm that it reads moves there: "
+            f"{more:,} parameters more",
+            CostWarning,
+            stacklevel=2,
+        )
+    return _checked(model, made, inputs)
+
+
 def rotate(
     model: nn.Module, what: Rotation, *, data: Iterable[Any] | None = None, inputs: Any = None,
     progress: Progress | None = None,
 ) -> nn.Module:  # fmt: skip
     """A copy of ``model`` in another basis: the same function, in which the first units of a kind matter most.
 
-    ``residual``: the stream in its principal directions over ``data`` (SliceGPT, with one basis for all blocks; RMS
-    norms only; embeddings that are tied to the head are untied, which costs a second table and is warned of); then cut
-    ``kinds=("residual",), importance="order"``. ``heads``: the values of each head by singular
-    values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",), importance="order"``. Stock
-    classes load what comes of the first. Raises ``PlanError`` where the model does not allow it.
+    ``residual``: the stream in its principal directions over ``data`` (SliceGPT, with one basis for all blocks;
+    layer norms become RMS norms first, see ``with_rms_norms``; embeddings that are tied to the head are untied, which
+    costs a second table and is warned of); then cut ``kinds=("residual",), importance="order"``. ``heads``: the values
+    of each head by singular values of what they write (Olica), which needs no data; then cut ``kinds=("head_dim",),
+    importance="order"``. Stock classes load what comes of the first, but where layer norms were exchanged. Raises
+    ``PlanError`` where the model does not allow it.
     """
     model = unwrapped(model)
     _require_merged(model)
     if any(p.is_meta for p in model.parameters()):
         raise PlanError(f"{type(model).__name__} has only its shapes, no weights: there is nothing to rotate")
-    types = {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
-    if types:  # turned and compared in fp32, and rounded once, at the end
-        halved = rotate(copied(model).float(), what, data=data, inputs=inputs, progress=progress)
-        for name, tensor in tensors_of(halved).items():
-            tensor.data = tensor.data.to(types.get(name, tensor.dtype))
-        return halved
+    if _halves(model):  # turned and compared in fp32, and rounded once, at the end
+        single = rotate(copied(model).float(), what, data=data, inputs=inputs, progress=progress)
+        return _rounded(single, model)
     if what == "heads":
         found = groups(trace(model, inputs))
         consumers = analyses(found.program).get(FindConsumers())
@@ -117,7 +162,7 @@ def rotate(
         raise PlanError(f"there is no rotation '{what}'; there are residual and heads")
     if data is None:
         raise PlanError("the principal directions of the stream are those of data: pass data=batches (--data FILE)")
-    own = _untied(model, inputs)
+    own = _ready(model, inputs)
     found = groups(trace(own, inputs))
     plain = with_plain_norms(_weights(own, found), found, analyses(found.program).get(FindConsumers()))
     folded = _with(own, plain)
@@ -130,20 +175,44 @@ def rotate(
     return _checked(model, _with(folded, turned), inputs)
 
 
-def _untied(model: nn.Module, inputs: Any) -> nn.Module:
-    """``model``, or a copy with tensors of their own for what reads a norm of the stream; the cost is warned of."""
+def _ready(model: nn.Module, inputs: Any) -> nn.Module:
+    """``model``, or a copy whose stream is read through RMS norms alone, by tensors that nothing else is tied to."""
     found = groups(trace(model, inputs))
+    if not any(g.kind == "residual" and (g.prunable or g.rescalable) for g in found):
+        changed = with_rms_norms(model, inputs)
+        if changed is not model:
+            return changed
     tied = tied_readers(found, analyses(found.program).get(FindConsumers()))
     if not tied:
         return model
+    return _untied(model, tied, "since it alone reads a norm, whose scale moves into it")
+
+
+def _untied(model: nn.Module, tied: Sequence[str], why: str) -> nn.Module:
+    """A copy of ``model`` with tensors of their own for ``tied``; the cost is warned of."""
     made, added = untied(model, tied)
     share = 100 * added / sum(p.numel() for p in model.parameters())
     warnings.warn(
-        f"{', '.join(tied)} is untied, since it alone reads a norm, whose scale moves into it: the rotated "
-        f"{type(model).__name__} has {added:,} parameters more ({share:.1f} %)",
-        UserWarning,
+        f"{', '.join(tied)} is untied, {why}: the changed {type(model).__name__} has {added:,} parameters more "
+        f"({share:.1f} %)",
+        CostWarning,
         stacklevel=3,
     )
+    return made
+
+
+def _halves(model: nn.Module) -> dict[str, torch.dtype]:
+    """The tensors of ``model`` in half precision."""
+    return {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
+
+
+def _rounded(made: nn.Module, model: nn.Module) -> nn.Module:
+    """``made``, which is in fp32, with the dtypes that ``model`` has; what is new in it is in half precision."""
+    types, own = _halves(model), tensors_of(model)
+    other = next(iter(types.values()))
+    for name, tensor in tensors_of(made).items():
+        if name in types or name not in own:
+            tensor.data = tensor.data.to(types.get(name, other))
     return made
 
 

@@ -18,6 +18,7 @@ from shear_backends.attributes import spans
 from shear_backends.config_builds import Shapes, shapes_of
 from shear_backends.config_fields import Changes, Field, changed, fields_of, objection, set_field
 from shear_backends.config_search import Search, changed_shapes
+from shear_backends.rms_norms import rms_norms_of
 from shear_ir.axes import Axis, Mask, evaluate
 from shear_ir.frontend.base import base_view, has_adapters, plain_base
 from shear_ir.plans import Kept
@@ -55,6 +56,8 @@ def infer_config(
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return Inference(None, {})
+    if rms_norms_of(model) is not None:
+        return Inference(None, {}, "its layer norms have become RMS norms, which no config of its class builds")
     search, changes = _changes(model, _target(model, kept), new_sizes(groups, masks), like or {}, searching)
     if changes is None:
         return Inference(None, {})
@@ -108,7 +111,7 @@ def _changes(
     model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]], like: Mapping[Field, int], searching: bool
 ) -> tuple[Search, Changes | None]:
     """The fields to change, searched for in a model of few layers where the whole model confirms what is found."""
-    depth = _few_layers(model, shapes_of(model))
+    depth = few_layers(model)
     if depth:
         short = Search(model, target, sizes, depth)
         few = short.guess(like) or (short.run() if searching else None)
@@ -121,8 +124,9 @@ def _changes(
     return whole, whole.guess(like) or (whole.run() if searching else None)
 
 
-def _few_layers(model: nn.Module, base: Shapes) -> Changes:
+def few_layers(model: nn.Module) -> Changes:
     """Values of the fields that say how often layers are repeated, for a model that is the same but for its length."""
+    base = shapes_of(model)
     lengths = {len(module) for module in model.modules() if isinstance(module, nn.ModuleList)}
     fewer: Changes = {}
     for path, value in fields_of(model.config):

@@ -20,6 +20,7 @@ from shear_backends.gathers import Gather, find_gathers, install
 from shear_backends.graph import tensors_of
 from shear_backends.judge import Judge
 from shear_backends.layers import drop_layers, moved, plain, stays
+from shear_backends.rms_norms import RmsNorms, rms_norms_of
 from shear_backends.structure import Structure
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
@@ -47,7 +48,8 @@ class Record:
     ``plan``: all cuts so far as one. ``config``: the dense model's config. ``attributes``, ``norms``, ``gathers``,
     ``fits``: what differs from the dense modules beside the tensors. ``stock``: whether the model's own config builds
     it. ``proof``: what structure said when it was made, of modules that were in ``state``. ``skeleton``: the dense
-    model without the numbers of its weights, for classes that no config builds.
+    model without the numbers of its weights, for classes that no config builds. ``rms_norms``: layer norms of the dense
+    class that had become RMS norms before the first cut.
     """
 
     plan: Plan
@@ -60,6 +62,7 @@ class Record:
     proof: Structure | None = None
     state: int = 0
     skeleton: nn.Module | None = None
+    rms_norms: RmsNorms | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """Itself: nothing of it changes."""
@@ -288,7 +291,7 @@ def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> 
     skeleton = None if found_again else skeleton_of(model)
     record = Record(
         plan, _config_of(model), stock, recipe.attributes, recipe.norms, recipe.gathers, recipe.fits, recipe.proof,
-        state_of(small), skeleton,
+        state_of(small), skeleton, rms_norms_of(model),
     )  # fmt: skip
     # Not getattr: a PEFT model answers with what its base has.
     first: Record | None = vars(model).get(RECORD)

@@ -15,11 +15,13 @@ from shear_backends.graph import tensors_of
 from shear_backends.module import Recipe, Record, build, cut_by_id
 from shear_backends.record_file import RECORD_FILE, RecordDocument
 from shear_backends.reread import cast, class_of, plain, read_tensors
+from shear_backends.rms_norms import exchange, rms_norms_of
 from shear_backends.verify import evaluation, run
 from shear_ir.errors import LoadError, PlanError
 from shear_ir.frontend.files import CONFIG, read_json
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.sentences import failures
+from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import original
 
 _LARGEST = 2**24
@@ -51,6 +53,7 @@ def rebuilt(
 def hollow(folder: Path, document: RecordDocument, record: Record, dense: nn.Module | None) -> nn.Module:
     """The same with the tensors that the dense class is made with, cut, instead of those of the files."""
     dense = dense if dense is not None else _dense(document, folder)
+    dense = _with_rms_norms(folder, dense, record)
     _check(folder, dense, record)
     try:
         recipe = Recipe(None, record.attributes, record.norms, record.gathers, record.fits)
@@ -82,9 +85,10 @@ def exchanged_modules(model: nn.Module, folder: Path, record: Record) -> list[st
     Some models exchange modules of their own at the first inputs, as BigBird does its attention where they are short.
     """
     try:
-        built = dict(_built(type(model).__name__, record.config, folder).named_modules())
+        dense = _built(type(model).__name__, record.config, folder)
     except LoadError:
         return []
+    built = dict(_with_rms_norms(folder, dense, record).named_modules())
     then = ((path, built.get(original(path, record.plan.gone)), module) for path, module in model.named_modules())
     return [path for path, old, module in then if old is not None and class_of(old) is not class_of(module)]
 
@@ -118,6 +122,21 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
         _submodule(folder, dense, norm.module, record.plan.gone)
         if not 1.0 <= norm.factor <= _LARGEST:
             raise LoadError(f"{folder / RECORD_FILE} scales {norm.module} by {norm.factor}, which no cut does")
+
+
+def _with_rms_norms(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
+    """``dense`` with the RMS norms that stood in it before it was cut; a copy where it does not have them."""
+    made = record.rms_norms
+    if made is None or rms_norms_of(dense) == made:
+        return dense
+    if any(not 0 <= eps < 1 for eps in made.norms.values()):
+        raise LoadError(f"{folder / RECORD_FILE} gives a norm an eps that none has")
+    small = copied(dense)
+    try:
+        exchange(small, made)
+    except PlanError as failure:
+        raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
+    return small
 
 
 def _check_casts(folder: Path, small: nn.Module, kinds: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ from shear_backends.attributes import Overrides
 from shear_backends.fits import Fit
 from shear_backends.gathers import Gather
 from shear_backends.module import Record
+from shear_backends.rms_norms import RmsNorms
 from shear_ir.errors import LoadError
 from shear_ir.plans import Plan, write_text
 from shear_passes.rewrite.rescale_norm import NormFix
@@ -53,6 +54,11 @@ class _FitDocument(_Strict):
     operand: tuple[int, ...] = ()
 
 
+class _RmsNormsDocument(_Strict):
+    norms: dict[str, float]
+    biases: tuple[str, ...] = ()
+
+
 class RecordDocument(_Strict):
     """The file that says how a sheared model came about; the plan lies beside it.
 
@@ -73,6 +79,12 @@ class RecordDocument(_Strict):
     sheared: bool = True
     shapes: dict[str, list[int]] = {}
     casts: dict[str, str] = {}
+    rms_norms: _RmsNormsDocument | None = None
+
+    @property
+    def exchanged_norms(self) -> RmsNorms | None:
+        """The layer norms of the dense class that had become RMS norms."""
+        return None if self.rms_norms is None else RmsNorms(**self.rms_norms.model_dump())
 
     def record(self, plan: Plan) -> Record:
         """The record of the file, with the plan that lies beside it."""
@@ -81,6 +93,7 @@ class RecordDocument(_Strict):
             tuple(NormFix(**n.model_dump()) for n in self.norms),
             tuple(Gather(**{**g.model_dump(), "kept": tuple(g.kept)}) for g in self.gathers),
             tuple(Fit(**f.model_dump()) for f in self.fits),
+            rms_norms=self.exchanged_norms,
         )  # fmt: skip
 
 
@@ -110,6 +123,7 @@ def document_of(model: nn.Module, record: Record, exchanged: Sequence[str] = ())
         gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
         fits=[_FitDocument(**asdict(f)) for f in record.fits],
         exchanged=list(exchanged),
+        rms_norms=None if record.rms_norms is None else _RmsNormsDocument(**asdict(record.rms_norms)),
     )
 
 

@@ -162,7 +162,9 @@ def _write_model(model: nn.Module, folder: Path, record: Record | None) -> Verdi
     if not pretrained:
         verdict = Verdict(False, "not a transformers model")
     elif not stock:
-        verdict = Verdict(False, "no config of the class has these sizes")
+        exchanged = record is not None and record.rms_norms is not None
+        why = "its layer norms have become RMS norms" if exchanged else "no config of the class has these sizes"
+        verdict = Verdict(False, why)
     else:
         verdict = stock_verdict(model, folder)
     if record is None:
