@@ -76,7 +76,7 @@ def test_both_backends_compute_the_masked_original_at_two_lengths(net: Traced) -
     for backend in ("module", "graph"):
         report = sir.verify(net.model, sir.shear(net.model, plan, backend=backend), plan)  # type: ignore[arg-type]
         assert report.sound
-        assert len(set(report.lengths)) == 2
+        assert len(set(report.lengths)) >= 2
         assert report.moved > 0.05
 
 
@@ -155,4 +155,4 @@ def test_a_module_whose_sizes_are_read_out_of_tensors_is_one_call_as_well() -> N
     plan = routed.without({g: [2, 5] for g in routed.able("ffn") if g.size == FFN})
     report = sir.verify(routed.model, sir.shear(routed.model, plan, backend="graph"), plan)
     assert report.sound
-    assert len(set(report.lengths)) == 2
+    assert len(set(report.lengths)) >= 2
