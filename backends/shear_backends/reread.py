@@ -85,8 +85,13 @@ def different_tensor(model: nn.Module, again: nn.Module, files: Mapping[Path, fr
     """What tells the tensors of ``again`` from those of ``model``, the first that does; empty when nothing does.
 
     ``again`` may hold its parameters on the meta device where ``files`` hold their numbers under the same names.
+    A computed buffer that one of them has alone is among the settings: what remains of layers that were taken out.
     """
     mine, theirs = tensors_of(model), tensors_of(again)
+    alone = mine.keys() ^ theirs.keys()
+    for own, whose in ((mine, model), (theirs, again)):
+        for name in alone.intersection(_never_saved(whose)):
+            own.pop(name, None)
     for name in mine.keys() - theirs.keys():
         return f"there is no place for {name}"
     for name in theirs.keys() - mine.keys():
@@ -138,7 +143,7 @@ def different_settings(model: nn.Module, again: nn.Module) -> dict[str, list[str
     """What modules have, beside tensors, that is not alike in ``again``: attributes by path.
 
     A module that is of another class has ``__class__`` in its list, one that is in one of the models alone as well; a
-    module with other hooks has their dictionaries.
+    module with other hooks has their dictionaries, and one with buffers of other names ``_buffers``.
     """
     mine, theirs = dict(model.named_modules()), dict(again.named_modules())
     found: dict[str, list[str]] = {}
@@ -159,6 +164,8 @@ def _different(mine: nn.Module, theirs: nn.Module) -> Iterator[str]:
                 yield name
         elif not _alike(one.get(name), two.get(name), seen):
             yield name
+    if one["_buffers"].keys() != two["_buffers"].keys():
+        yield "_buffers"
     for hooks in _HOOKS:
         kinds = [sorted(type(hook).__qualname__ for hook in (of.get(hooks) or {}).values()) for of in (one, two)]
         if kinds[0] != kinds[1]:
@@ -211,6 +218,15 @@ def _computed(model: nn.Module, again: nn.Module) -> dict[str, tuple[Tensor, Ten
             if mine is not None and made is not None:
                 found[f"{path}.{leaf}" if path else leaf] = mine, made
     return found
+
+
+def _never_saved(model: nn.Module) -> set[str]:
+    """The names of the buffers that no file holds."""
+    return {
+        f"{path}.{leaf}" if path else leaf
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf in module._non_persistent_buffers_set
+    }
 
 
 def _shared_otherwise(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[str, str] | None:
