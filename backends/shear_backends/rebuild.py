@@ -237,7 +237,9 @@ def _adopt_today(folder: Path, small: nn.Module) -> None:
         return
     with failures(f"{folder / CONFIG} cannot be used"):
         if (folder / CONFIG).is_file():
-            _adopt(config, type(config).from_dict(read_json(folder / CONFIG)))
+            read_json(folder / CONFIG)  # says what is wrong with it
+            written, _ = type(config).get_config_dict(folder)  # infinite numbers are written in a way of its own
+            _adopt(config, type(config).from_dict(written))
         if hasattr(small, "generation_config") and (folder / _GENERATION).is_file():
             from transformers import GenerationConfig
 
