@@ -77,3 +77,10 @@ def _fetched(name: str) -> Path:
     if folder is None:
         pytest.skip(f"{name} is not there: tools/fetch_models {name} makes it")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def only_the_length_of_the_trace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules are compared with the sheared program at one length, which is quicker; ``lengths`` marks the others."""
+    if request.node.get_closest_marker("lengths") is None:
+        monkeypatch.setattr("shear_backends.judge._further", lambda model, groups, feed: None)

@@ -33,7 +33,7 @@ from tests.training.tiny import adapted, base_groups, lhspg, tokens
 from tests.workflow.tiny import RECIPE, run, write_data
 from tests.zoo import FAMILIES
 
-pytestmark = pytest.mark.apart
+pytestmark = [pytest.mark.apart, pytest.mark.lengths]
 
 CPU = torch.device("cpu")
 CRITERIA = [

@@ -25,7 +25,7 @@ from shear_backends.structure import Structure, first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
-from shear_ir.frontend.feeds import tensors_in
+from shear_ir.frontend.feeds import tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
@@ -133,10 +133,11 @@ class Judge:
     def _same_on(self, given: Inputs, made: Maker) -> bool:
         for draw in (True, False):
             try:
-                dense = _drawn(self.model) if draw else self.model
-                there = AnalysisManager(raise_lora(trace(dense, given))).get(FindGroups())
+                dense = _in_double(self.model, draw)
+                feed = with_tensors(given, lambda t: t.double() if t.is_floating_point() else t)
+                there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
                 asked = (self._sheared(dense, there), dense, made(dense))
-                expected, before, found = (_exactly(each, given) for each in asked)
+                expected, before, found = (_exactly(each, feed) for each in asked)
                 gap = difference(expected, found)
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
                 self.why = self.why or f" ({type(failure).__name__}: {failure})"
@@ -219,17 +220,19 @@ def not_possible(groups: Groups, plan: Plan) -> str:
     return ""
 
 
-def _drawn(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` over weights drawn anew, of the size that trained ones have."""
+def _in_double(model: nn.Module, draw: bool) -> nn.Module:
+    """A copy of ``model`` in double precision, so that what is rescaled is not rounded; with ``draw``, over weights
+    drawn anew, of the size that trained ones have."""
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
-    for tensor in model.parameters():
+    for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_floating_point():
             continue
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-        wide = tensor.dim() > 1 and tensor.numel()
-        made = noise * (tensor[0].numel() ** -0.5) if wide else tensor.detach().double() + 0.1 * noise
-        memo[id(tensor)] = nn.Parameter(made.to(tensor.dtype), tensor.requires_grad)
+        made = tensor.detach().double()
+        if draw and isinstance(tensor, nn.Parameter):
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            made = noise * (tensor[0].numel() ** -0.5) if tensor.dim() > 1 and tensor.numel() else made + 0.1 * noise
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     return copied(model, memo)
 
 

@@ -15,6 +15,8 @@ from shear_backends.verify import masked
 from shear_ir.frontend.feeds import tensors_in
 from tests.zoo import build
 
+pytestmark = pytest.mark.lengths
+
 BACKENDS: list[Literal["module", "graph"]] = ["module", "graph"]
 
 

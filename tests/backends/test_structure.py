@@ -15,6 +15,8 @@ from shear_backends.sizes import longer
 from shear_backends.structure import first_difference
 from tests.zoo import build
 
+pytestmark = pytest.mark.lengths
+
 
 class Says(nn.Module):
     """Two projections around a function of tensors that a test gives."""
@@ -175,3 +177,15 @@ def test_the_dense_model_is_not_touched_by_the_search_for_lengths() -> None:
     list(longer(model, {"input_ids": torch.zeros(2, 5, dtype=torch.long)}))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any("Fake" in type(t).__name__ for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma2", "mixtral", "gpt2", "bert", "t5", "modernbert"])
+def test_families_are_decided_by_structure_at_two_lengths(name: str) -> None:
+    model = build(name)
+    plan = sir.plan(sir.trace(model), ratio=0.25, kinds=("ffn", "kv_head"))
+    small = sir.shear(model, plan)
+    report = sir.verify(model, small, plan)
+    assert report.sound
+    assert report.judge == "structure"
+    assert report.structure is not None
+    assert len(report.structure.lengths) == 2

@@ -14,6 +14,8 @@ from shear_ir.plans import Plan
 from tests.roads import Traced, trace
 from tests.zoo import build
 
+pytestmark = pytest.mark.lengths
+
 Mutation = Callable[[nn.Module], None]
 """Makes one thing wrong in a sheared model."""
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 
+pytestmark = pytest.mark.lengths
+
 
 class Mlp(nn.Module):
     """Up and down, with something in between that depends on the way."""
