@@ -119,8 +119,8 @@ def _resized(model: nn.Module, feed: Inputs, batch: int | None, length: int | No
         yield own
 
 
-def _kinds(feed: Mapping[str, Any]) -> list[tuple[str, int, torch.dtype]]:
-    return [(name, value.dim(), value.dtype) for name, value in tensors_in(feed).items()]
+def _kinds(feed: Mapping[str, Any]) -> list[tuple[str, int, str]]:
+    return sorted((name, value.dim(), str(value.dtype)) for name, value in tensors_in(feed).items())
 
 
 def tiled(feed: Mapping[str, Any], batch: int | None, length: int | None) -> Inputs | None:
