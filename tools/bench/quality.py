@@ -92,7 +92,8 @@ class Given:
     @property
     def rows(self) -> int:
         """Rows of all training of a method."""
-        return max(3 * STEP, round(self.tokens / _sources()[0].length))
+        rows: int = round(self.tokens / _sources()[0].length)
+        return max(3 * STEP, rows)
 
     @cached_property
     def flap(self) -> tuple[Any, Any]:
@@ -353,7 +354,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for ratio in sorted({r["ratio"] for r in runs} - {0}):
         for variant in VARIANTS:
             cells = [found for seed in seeds if (found := cell(runs, variant, ratio, seed)) is not None]
-            growth = [found for seed in seeds if (found := _growth(runs, variant, ratio, seed)) is not None]
+            growth = [more for seed in seeds if (more := _growth(runs, variant, ratio, seed)) is not None]
             if cells:
                 rows.append({
                     "ratio": ratio, "variant": variant, "seeds": len(cells), "rate": cells[0]["rate"],
@@ -442,7 +443,7 @@ def markdown(runs: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> s
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> float:
-    return sum(each["seconds"] for run in runs for tried in run["tried"].values() for each in tried.values())
+    return float(sum(each["seconds"] for run in runs for tried in run["tried"].values() for each in tried.values()))
 
 
 def _sweep(runs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -271,7 +271,7 @@ class _Walk:
     def _moves(self, node: fx.Node) -> bool:
         name = op_name(node)
         idle = name == "aten.dropout" and (node.args[1] == 0 or node.args[2] is False)
-        return name in _COPIES or idle or self.axes.vanish.get(node.name) is Vanish.MOVED
+        return bool(name in _COPIES or idle or self.axes.vanish.get(node.name) is Vanish.MOVED)
 
     def _live(self, node: fx.Node) -> bool:
         """Whether anything comes of the values of ``node``; asserts and sizes are read by nobody."""
