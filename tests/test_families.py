@@ -47,7 +47,6 @@ NOT_STOCK = {
     "bart": "head_dim = d_model // heads",
     "dinov2": "the MLP's width is hidden_size * mlp_ratio",
     # q_norm and k_norm run over all heads, so fewer heads need another eps than the other norms have
-    "olmo2": "one rms_norm_eps for all norms",
     "olmoe": "one rms_norm_eps for all norms",
     "resnet_hub": "the inner width of a block is a quarter of its outer one",
 }
