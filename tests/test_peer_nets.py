@@ -353,7 +353,7 @@ class Flattened(nn.Module):
 
 def test_a_channel_is_a_run_of_columns_behind_a_flatten() -> None:
     expect(
-        leaves(Flattened(), IMAGE, modules=False),
+        leaves(Flattened(), IMAGE),
         """
         2 conv:0 out:1
         4 conv:0 out:1
