@@ -13,7 +13,9 @@ from torch import nn
 
 from shear_backends.draw import draw
 from shear_backends.graph import graph_module
-from shear_backends.verify import TOLERANCE, difference, evaluation, masked, run
+from shear_backends.judge import rounding
+from shear_backends.sides import Side
+from shear_backends.verify import difference, evaluation, run
 from shear_ir.cli import console
 from shear_ir.errors import UnsoundError
 from shear_ir.frontend.feeds import inputs_of
@@ -25,9 +27,6 @@ from shear_passes.analysis.dump import Dump
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.rewrite.shear import Shear
 from shear_passes.select.build import Selection
-
-_HALF_TOLERANCE = 0.05
-"""Share of the largest output by which two roads may differ when they round to half precision at every step."""
 
 
 @dataclass
@@ -80,17 +79,14 @@ class Watch:
     def _compare(self, step: Pass, program: Program, analyses: AnalysisManager) -> float:
         """The largest difference to the original model, masked by the cuts so far; raises ``UnsoundError``."""
         feed = inputs_of(self.model)
+        reference = Side.of(self.model) if self._applied is None else Side.masked(self.model, self._applied)
+        graph = Side.of(graph_module(program, analyses.weights or {}))
         # Whatever the model's own code prints is no result.
-        with evaluation(self.model), torch.no_grad(), redirect_stdout(sys.stderr):
-            reference = self.model
-            if self._applied is not None:
-                reference = masked(self.model, self._applied.kept, self._applied.routers, self._applied.gains)
-            expected = run(reference, feed)
-            found = graph_module(program, analyses.weights or {})(**feed)
+        with evaluation(self.model), redirect_stdout(sys.stderr):
+            expected, found = (side.ask(run, feed, torch.float64) for side in (reference, graph))
         gap = difference(expected, found)
-        scale = max([1.0, *(float(t.abs().max()) for t in expected if t.numel())])
-        exact = all(t.dtype in (torch.float32, torch.float64) for t in expected)
-        if not gap <= (TOLERANCE if exact else _HALF_TOLERANCE) * scale:
+        scale = max([0.0, *(float(t.abs().max()) for t in expected if t.numel())])
+        if not gap <= rounding(program) * scale:
             raise UnsoundError(
                 f"after {step} the program's outputs differ from the masked original's by {gap:.3g} "
                 f"(outputs up to {scale:.3g})"
