@@ -113,8 +113,10 @@ from tests.zoo import MLP
 
 class Slow(MLP):
     def state_dict(self, *args, **kwargs):
-        Path("saving").touch()
-        time.sleep(120)
+        if any(Path("outs").iterdir()):
+            Path("saving").touch()
+            time.sleep(120)
+        return super().state_dict(*args, **kwargs)
 
 def model():
     return Slow().eval()
