@@ -74,6 +74,12 @@ def run_all(
             job.process.kill()
 
 
+def prepare() -> None:
+    """Let the server that the processes are forked from find everything, and each keep to one thread."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
+
+
 def start(context: Any, name: str, memory: int, answer_to: Callable[[str, int, Any], None]) -> Job:
     """The process of one architecture."""
     receiving, sending = context.Pipe(duplex=False)
@@ -244,8 +250,8 @@ def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int)
         f"Made by `tools/bench/coverage.py` ({said}); every model tiny and random, in a process of its own.",
         "Sheared means by the module backend and by the graph backend, each equal to the masked original on two batch",
         "sizes and lengths (where the graph is fixed to one length, on that one); a quarter of the channels, half of",
-        "the heads, a quarter of the experts at once. What differs by no more than a last place in the weights does is",
-        "compared once more in double precision. An architecture all of mixers, such as Mamba 2, has heads and no ffn.",
+        "the heads, a quarter of the experts at once, compared in double precision. An architecture all of mixers,",
+        "such as Mamba 2, has heads and no ffn.",
         "Seconds are of the CPU, the least of up to three in turn: of a bare `torch.export`, and of the analysis, that",
         "is trace and groups.",
         "",
@@ -290,9 +296,7 @@ def main(
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
-    os.environ["PYTHONPATH"] = path  # for the server that the processes are forked from
+    prepare()
     from tools.bench import coverage_one
 
     everything = coverage_one.names()

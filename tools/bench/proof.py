@@ -12,7 +12,6 @@ process of its own, and its answer is kept as a file.
 from __future__ import annotations
 
 import fnmatch
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,11 +157,10 @@ def main(
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
     from tools.bench import coverage_one, proof
-    from tools.bench.coverage import Store, run_all
+    from tools.bench.coverage import Store, prepare, run_all
 
+    prepare()
     everything = coverage_one.names()
     chosen = [n for n in everything if not only or any(fnmatch.fnmatch(n, glob) for glob in only)]
     store = Store(out)
