@@ -141,7 +141,7 @@ class _Writer:
         if same is not None:
             self.names[node] = self.names[same]
             return
-        if torch.Tag.nondeterministic_seeded in node.target.tags and not self._settled(node):
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _settled(node):
             self.unknown = self.unknown or f"{node.target} draws random numbers"
         types = self.program.types.get(node.name, ())
         self.names[node] = ("%", len(self.lines))
@@ -159,13 +159,6 @@ class _Writer:
         whole = name == "slice" and self._bounds(node, its)[1:] == (0, its.shape[self._bounds(node, its)[0]], 1)
         idle = name in _DROPOUTS and _idle(node)
         return source if copied or whole or idle else None
-
-    def _settled(self, node: fx.Node) -> bool:
-        """Whether a call that may draw random numbers, as attention does for its dropout, draws none."""
-        name = _name(node)
-        if name == "scaled_dot_product_attention":
-            return bool(_argument(node, "dropout_p", 4, 0.0) == 0)
-        return name in _DROPOUTS and _idle(node)
 
     def _form(self, node: fx.Node, types: tuple[TensorType, ...]) -> Line:
         name = _name(node)
@@ -237,6 +230,16 @@ def _name(node: fx.Node) -> str:
 
 def _argument(node: fx.Node, name: str, place: int, default: Any = None) -> Any:
     return node.kwargs.get(name, node.args[place] if place < len(node.args) else default)
+
+
+def _settled(node: fx.Node) -> bool:
+    """Whether a call that may draw random numbers draws none: its dropout, if any, is 0 or for training alone."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    given = {a.name: _argument(node, a.name, at, a.default_value) for at, a in enumerate(target._schema.arguments)}
+    chances = [given[name] for name in ("dropout_p", "dropout", "p") if name in given]
+    modes = [given[name] for name in ("train", "training") if name in given]
+    return (bool(chances) and chances[0] == 0) or modes[:1] == [False]
 
 
 def _idle(dropout: fx.Node) -> bool:

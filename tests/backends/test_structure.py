@@ -97,6 +97,22 @@ def test_what_draws_random_numbers_or_runs_python_is_not_decided() -> None:
     assert "draws random numbers" in differs(lambda h: h + torch.rand_like(h), lambda h: h + torch.rand_like(h))
 
 
+class Recurrent(nn.Module):
+    """Two layers of a GRU, with dropout between them in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(5, 12)
+        self.gru = nn.GRU(12, 9, num_layers=2, dropout=0.3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(self.up(x))[0]
+
+
+def test_dropout_of_training_draws_nothing_in_evaluation() -> None:
+    assert first_difference(sir.trace(Recurrent().eval(), X), sir.trace(Recurrent().eval(), X)) == ""
+
+
 class Cut(nn.Module):
     """Whatever a module's plain numbers may mean: here a window of positions as long as there are channels."""
 
