@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._export.utils import _compiling_state_context
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs, example_inputs
-from shear_ir.frontend.unchanged import copied
+from shear_ir.frontend.shapes import on_shapes
 
 _LARGEST = 1 << 26
 """Entries of an input that a longer trace may have."""
@@ -150,12 +147,6 @@ def _repeated(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _fake_run(model: nn.Module, feed: Inputs) -> None:
     """Run ``model`` on shapes alone, as torch.export does; what it keeps and writes is not touched."""
-    silent = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a run that fails is an answer
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context(), torch.no_grad():
-            memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
-            call(copied(model, memo).eval(), with_tensors(feed, mode.from_tensor), **fixed)
-    finally:
-        logging.disable(silent)
+    with on_shapes(model, feed) as (copy, given):
+        call(copy().eval(), given, **fixed)

@@ -9,22 +9,19 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import logging
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
-from torch._export.utils import _compiling_state_context
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shear_ir.frontend.feeds import call, with_tensors
+from shear_ir.frontend.feeds import call
 from shear_ir.frontend.inputs import Inputs
-from shear_ir.frontend.unchanged import copied
+from shear_ir.frontend.shapes import on_shapes
 
 
 def other_ways(model: nn.Module, feed: Inputs, readers: set[str]) -> dict[str, str]:
@@ -75,17 +72,11 @@ def _is_torch(module: nn.Module) -> bool:
 
 def _in_training(model: nn.Module, feed: Inputs) -> dict[str, str]:
     """The modules that call other operators in training mode than in evaluation, dropout left out."""
-    silent = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context():
-            memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
-            given = with_tensors(feed, mode.from_tensor)
-            calls = [_calls(copied(model, memo).train(training), given) for training in (False, True)]
+        with on_shapes(model, feed) as (copy, given):
+            calls = [_calls(copy().train(training), given) for training in (False, True)]
     except Exception:  # a model that cannot be run on shapes in both modes is judged by its trace alone
         return {}
-    finally:
-        logging.disable(silent)
     modules = dict(model.named_modules())
     return {
         path: f"the forward of {_told(path, modules[path])} takes another way in training mode"
@@ -95,7 +86,7 @@ def _in_training(model: nn.Module, feed: Inputs) -> dict[str, str]:
 
 
 def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
-    """What each module calls by itself, in order: operators and the shapes of what they make."""
+    """What each module calls by itself, in order: operators, what they are told, and the shapes of what they make."""
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     paths = {id(module): path for path, module in model.named_modules()}
     running: list[str] = []
@@ -110,7 +101,10 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
-            found[running[-1] if running else ""].append((func, getattr(made, "shape", None)))
+            # Batch norms are told their mode, and work channel by channel in both.
+            leaves = () if "batch_norm" in str(func) else pytree.tree_leaves((args, kwargs))
+            told = [str(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
+            found[running[-1] if running else ""].append((func, told, getattr(made, "shape", None)))
             return made
 
     hooks = [
@@ -118,7 +112,7 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
         nn.modules.module.register_module_forward_hook(leave),
     ]
     try:
-        with torch.no_grad(), _WithoutDropout(), Record():  # type: ignore[no-untyped-call]  # as above
+        with _WithoutDropout(), Record():  # type: ignore[no-untyped-call]  # as above
             call(model, feed, **fixed)
     finally:
         for hook in hooks:

@@ -27,6 +27,27 @@ class Trained(Mlp):
         return self.down(hidden.relu())  # type: ignore[no-any-return]
 
 
+class Told(Mlp):
+    """Calls the same operator in both modes, over another axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).softmax(-1 if self.training else 0))  # type: ignore[no-any-return]
+
+
+class Normed(Mlp):
+    """Has a batch norm that is told its mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        moments = (norm.running_mean, norm.running_var)
+        hidden = nn.functional.batch_norm(self.up(x), *moments, norm.weight, norm.bias, self.training)
+        return self.down(hidden.relu())  # type: ignore[no-any-return]
+
+
 class Gated(Mlp):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         hidden = self.up(x)
@@ -67,6 +88,11 @@ def test_what_training_mode_does_otherwise_holds_what_it_touches(mode: bool) -> 
     assert hidden(model) == (False, "the forward of the model (Trained) takes another way in training mode")
     assert model.training == mode
     assert "training" not in vars(nn.Module)
+
+
+def test_one_operator_that_is_told_otherwise_is_another_way() -> None:
+    assert hidden(Told().eval()) == (False, "the forward of the model (Told) takes another way in training mode")
+    assert hidden(Normed().eval()) == (True, "")
 
 
 def test_a_module_with_another_way_is_held_and_its_neighbours_are_not() -> None:

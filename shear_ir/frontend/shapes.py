@@ -1,0 +1,33 @@
+"""Running a model on shapes alone, as ``torch.export`` does: no numbers, no weights, nothing of the model touched."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._export.utils import _compiling_state_context
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shear_ir.frontend.feeds import with_tensors
+from shear_ir.frontend.inputs import Inputs
+from shear_ir.frontend.unchanged import copied
+
+
+@contextlib.contextmanager
+def on_shapes(model: nn.Module, feed: Inputs) -> Iterator[tuple[Callable[[], nn.Module], Inputs]]:
+    """What makes a copy of ``model`` that holds shapes alone, and ``feed`` as such, to be run inside.
+
+    Quiet: a run that fails is an answer.
+    """
+    silent = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _compiling_state_context(), torch.no_grad():
+            memo: dict[int, Any] = {id(t): mode.from_tensor(t) for t in (*model.parameters(), *model.buffers())}
+            yield lambda: copied(model, memo), with_tensors(feed, mode.from_tensor)
+    finally:
+        logging.disable(silent)
