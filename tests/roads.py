@@ -104,9 +104,10 @@ def counted(model: nn.Module) -> int:
 
 
 def units(group: Group, share: float, seed: int = 0) -> Any:
-    """Random units of a group: this share of it, and one at least; of blocks, such as can go."""
+    """Random units of a group: this share of it, and as few as can go at least; of blocks, such as can go."""
     free = [i for i in range(group.size) if not (isinstance(group, BlockGroup) and i in group.fixed)]
-    return np.random.default_rng(seed).permutation(free)[: max(1, int(share * group.size))]
+    step = group.multiple if group.size % group.multiple == 0 else 1
+    return np.random.default_rng(seed).permutation(free)[: max(step, int(share * group.size) // step * step)]
 
 
 Maker = Callable[[], nn.Module]

@@ -13,13 +13,6 @@ WHOLE = ("ffn", "kv_head", "query_group", "conv_channel")
 # What the modules of one model may share in a single attribute, so that one layer cannot change alone.
 SHARED = ("head_dim", "rotary_pair")
 
-# Groups the module backend cannot cut, because forward or a kernel takes a number from elsewhere.
-REFUSED = {
-    ("mixtral", "ffn"): "multiple of 16 bytes",
-    ("olmoe", "ffn"): "multiple of 16 bytes",
-}
-
-
 def ends(family: Traced, kind: str) -> list[Group]:
     """The first and the last group of this kind."""
     able = family.able(kind)
@@ -62,7 +55,7 @@ def test_half_of_the_last_layers_heads_or_channels_go_alone_in_the_modules(name:
     family = traced(name)
     for kind in WHOLE:
         for group in ends(family, kind)[-1:]:
-            _sheared(name, family, group, 0.5)
+            _sound_or_refused(family, group, 0.5, None)
 
 
 @pytest.mark.slow
@@ -71,7 +64,7 @@ def test_one_unit_of_any_other_layers_heads_or_channels_goes_alone_in_the_module
     family = traced(name)
     for kind in WHOLE:
         for group in family.able(kind)[:-1]:
-            _sheared(name, family, group, 0.0)
+            _sound_or_refused(family, group, 0.0, None)
 
 
 @pytest.mark.slow
@@ -81,10 +74,6 @@ def test_head_channels_go_alone_in_the_modules_or_are_refused(name: str) -> None
     for kind in SHARED:
         for group in ends(family, kind):
             _sound_or_refused(family, group, 0.5, "use the graph backend")
-
-
-def _sheared(name: str, family: Traced, group: Group, share: float) -> None:
-    _sound_or_refused(family, group, share, REFUSED.get((name, group.kind)))
 
 
 def _sound_or_refused(family: Traced, group: Group, share: float, refusal: str | None) -> None:

@@ -73,48 +73,54 @@ class Side:
         self, call: Call, feed: Inputs, dtype: torch.dtype | None, nudged: Nudge | None = None
     ) -> tuple[Tensor, ...]:
         """What it answers when every operator computes in ``dtype``, or in the model's own where it is None."""
+        asked = self.model
         if self.blocks is not None:
-            graph = self.blocks.graph_of(feed)  # which traces, and must not do so in another precision
-            with self._reading(dtype, nudged):
-                return tuple(graph(**_raised(feed, dtype)))
+            asked = self.blocks.graph_of(feed)  # which traces, and must not do so in another precision
+            call = _by_name
         while True:
             try:
-                with self._reading(dtype, nudged):
-                    return tuple(call(self.model, _raised(feed, dtype)))
+                with self._reading(asked, dtype, nudged):
+                    return tuple(call(asked, _raised(feed, dtype)))
             except Exception:
-                kind = self._failing(call, feed, dtype)
+                kind = self._failing(asked, call, feed, dtype)
                 if kind is None or kind in self.swapped or len(self.swapped) == _MOST_SWAPPED:
                     raise
                 self.swapped.add(kind)
 
     @contextmanager
-    def _reading(self, dtype: torch.dtype | None, nudged: Nudge | None = None) -> Iterator[None]:
+    def _reading(self, asked: nn.Module, dtype: torch.dtype | None, nudged: Nudge | None = None) -> Iterator[None]:
         # Before anything is on, since tensors are read in another precision then.
-        own = {id(t): (t, t.data) for t in (*self.model.parameters(), *self.model.buffers())}
+        own = {id(t): (t, t.data) for t in (*asked.parameters(), *asked.buffers())}
         with torch.no_grad(), ExitStack() as stack:
             values, steps = nudged or (self.values, {})
             stack.enter_context(InPrecision(dtype, self.model, self.masks, values, steps))
             # After the precision, so that it is asked first and knows the tensors by themselves.
             stack.enter_context(routing_by(self.matrices) if self.matrices else nullcontext())
-            stack.enter_context(_swapping(self.model, tuple(self.swapped), own))
+            stack.enter_context(_swapping(asked, tuple(self.swapped), own))
             yield
 
-    def _failing(self, call: Call, feed: Inputs, dtype: torch.dtype | None) -> type[nn.Module] | None:
+    def _failing(
+        self, asked: nn.Module, call: Call, feed: Inputs, dtype: torch.dtype | None
+    ) -> type[nn.Module] | None:
         """The class of the innermost module in which it fails; None for one without tensors."""
         running: list[nn.Module] = []
         hooks = []
-        for module in self.model.modules():
+        for module in asked.modules():
             hooks.append(module.register_forward_pre_hook(lambda m, _: running.append(m)))
             hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
         try:
-            with self._reading(dtype):
-                call(self.model, _raised(feed, dtype))
+            with self._reading(asked, dtype):
+                call(asked, _raised(feed, dtype))
         except Exception:
             return next((type(m) for m in reversed(running) if next(m.parameters(), None) is not None), None)
         finally:
             for hook in hooks:
                 hook.remove()
         return None
+
+
+def _by_name(graph: nn.Module, feed: Inputs) -> Sequence[Tensor]:
+    return tuple(graph(**feed))
 
 
 def _raised(feed: Inputs, dtype: torch.dtype | None) -> Inputs:
