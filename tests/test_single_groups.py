@@ -13,6 +13,7 @@ WHOLE = ("ffn", "kv_head", "query_group", "conv_channel")
 # What the modules of one model may share in a single attribute, so that one layer cannot change alone.
 SHARED = ("head_dim", "rotary_pair")
 
+
 def ends(family: Traced, kind: str) -> list[Group]:
     """The first and the last group of this kind."""
     able = family.able(kind)

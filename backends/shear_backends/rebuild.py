@@ -101,7 +101,7 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
             owner, _, leaf = name.rpartition(".")
             holder = getattr(module, owner, None) if owner else module
             known = vars(holder).get(leaf) if owner in ("", "config") and holder is not None else None
-            sizes = value if isinstance(value, list) else [value]
+            sizes = value if isinstance(value, list | tuple) else [value]
             if leaf.startswith("_") or not isinstance(known, int | tuple | list) or isinstance(known, bool):
                 raise LoadError(f"{folder / RECORD_FILE} sets {path}.{name}, which is no size of that module")
             if any(not 0 < size <= _LARGEST for size in sizes):

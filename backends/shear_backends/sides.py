@@ -6,6 +6,7 @@ operator (of one module, where its code asks for the types of its parameters) ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class Side:
     def _reading(self, asked: nn.Module, dtype: torch.dtype | None, nudged: Nudge | None = None) -> Iterator[None]:
         # Before anything is on, since tensors are read in another precision then.
         own = {id(t): (t, t.data) for t in (*asked.parameters(), *asked.buffers())}
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), warnings.catch_warnings(), ExitStack() as stack:
+            warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # both are raised after it
             values, steps = nudged or (self.values, {})
             stack.enter_context(InPrecision(dtype, self.model, self.masks, values, steps))
             # After the precision, so that it is asked first and knows the tensors by themselves.
@@ -99,9 +101,7 @@ class Side:
             stack.enter_context(_swapping(asked, tuple(self.swapped), own))
             yield
 
-    def _failing(
-        self, asked: nn.Module, call: Call, feed: Inputs, dtype: torch.dtype | None
-    ) -> type[nn.Module] | None:
+    def _failing(self, asked: nn.Module, call: Call, feed: Inputs, dtype: torch.dtype | None) -> type[nn.Module] | None:
         """The class of the innermost module in which it fails; None for one without tensors."""
         running: list[nn.Module] = []
         hooks = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,15 +37,19 @@ def test_rms_norms_of_a_centred_stream_are_exactly_its_layer_norms(name: str) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*(is untied|gets a bias)")
-@pytest.mark.parametrize("name", ["opt"])
-def test_a_stream_behind_layer_norms_is_rotated_cut_and_verified(name: str) -> None:
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_a_stream_behind_layer_norms_is_rotated_cut_verified_and_read_back(name: str, tmp_path: Path) -> None:
     model = build(name)
     feed = inputs_of(model, None)
     rotated = sir.rotate(model, "residual", data=[feed])
     plan = sir.plan(sir.trace(rotated), ratio=0.2, kinds=("residual",), importance="order", stock=False)
     assert {cut.kind for cut in plan.cuts} == {"residual"}
-    small = sir.shear(rotated, plan, backend="graph")
-    sir.verify(rotated, small, plan).raise_if_unsound()
+    for backend in ("graph", "module"):
+        small = sir.shear(rotated, plan, backend=backend)
+        sir.verify(rotated, small, plan).raise_if_unsound()
+    sir.save(small, tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(sir.load(tmp_path / "small")(**feed).logits, small(**feed).logits)
 
 
 class PreNorm(nn.Module):
