@@ -66,7 +66,10 @@ def test_tied_embeddings_are_untied_at_a_cost_that_is_said(kind: str, tmp_path: 
         assert torch.allclose(outputs(rotated), outputs(model), atol=1e-5, rtol=0)  # its norms compute in fp32
     small = cut(rotated, "residual", 0.3, step=8)
     assert sir.save(small, tmp_path / "small").stock
-    assert torch.equal(outputs(sir.load(tmp_path / "small")), outputs(small))
+    loaded = sir.load(tmp_path / "small")
+    assert all(torch.equal(t, small.state_dict()[name]) for name, t in loaded.state_dict().items())
+    # Where in a file tensors lie decides which kernels run, and so the last place.
+    assert torch.allclose(outputs(loaded), outputs(small), rtol=1e-12 if kind == "float64" else 0.02)
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert"])
