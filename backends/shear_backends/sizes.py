@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
+from shear_ir.frontend.guards import Guard, size_guards
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.frontend.shapes import on_shapes
 
@@ -17,12 +18,13 @@ _LARGEST = 1 << 26
 
 
 def longer(model: nn.Module, feed: Inputs, limit: int = 1 << 17) -> Iterator[Inputs]:
-    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` and its config hold, the longest first.
+    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` holds or asks of them, the longest first.
 
     Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
     """
     now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
-    numbers = sorted(n for n in numbers_of(model) if now <= n <= limit)
+    asked = numbers_of(model).union(*(guard.numbers for guard in size_guards(model, feed)))
+    numbers = sorted(n for n in asked if now <= n <= limit)
     below, above = -1, len(numbers)
     if numbers and _running(model, feed, None, prime(numbers[-1] + 1)):  # as where positions are rotated
         below = above - 1
@@ -40,6 +42,14 @@ def longer(model: nn.Module, feed: Inputs, limit: int = 1 << 17) -> Iterator[Inp
         found = _running(model, feed, None, length) if length > now else None
         if found is not None:
             yield found
+
+
+def beyond(model: nn.Module, feed: Inputs, guard: Guard, most: int) -> Iterator[Inputs]:
+    """Inputs like ``feed`` for which ``guard`` does not hold, of ``most`` positions, and that ``model`` runs on."""
+    for length in sorted({n + step for n in guard.numbers for step in (-1, 0, 1) if 0 < n + step <= most}):
+        made = _running(model, feed, None, length)
+        if made is not None and not guard.holds(made):
+            yield made
 
 
 def apart(model: nn.Module, feed: Inputs) -> Inputs | None:
@@ -148,5 +158,5 @@ def _repeated(tensor: Tensor, dim: int, size: int) -> Tensor:
 def _fake_run(model: nn.Module, feed: Inputs) -> None:
     """Run ``model`` on shapes alone, as torch.export does; what it keeps and writes is not touched."""
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with on_shapes(model, feed) as (copy, given):
+    with on_shapes(model, feed) as (copy, given, _):
         call(copy().eval(), given, **fixed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from shear_backends.sides import Call
 from shear_backends.sizes import apart, numbers_of, prime
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
+from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 
 _LONGEST = 512
@@ -81,6 +82,19 @@ def resized(model: nn.Module, inputs: Any) -> Iterator[Trial]:
     other = apart(model, feed)
     yield from () if other is None else (_asked(other),)
     yield from map(_asked, itertools.islice(sizes.longer(model, feed, _affordable(model)), 1))
+
+
+def past_guards(model: nn.Module, tried: Sequence[Inputs]) -> Iterator[tuple[str, list[Trial]]]:
+    """What forward asks of sizes and all inputs that were ``tried`` meet, each with inputs that do not meet it.
+
+    Nothing where the model itself does not go on without it, as past its last position.
+    """
+    most = _affordable(model)
+    for guard in size_guards(model, tried[0]):
+        if all(map(guard.holds, tried)):
+            asked = [_asked(made) for made in sizes.beyond(model, tried[0], guard, most)]
+            if asked or max(guard.numbers, default=0) > most:
+                yield f"forward asks {guard}, which all of these meet", asked
 
 
 def _affordable(model: nn.Module) -> int:

@@ -25,9 +25,10 @@ from shear_backends.precision import unit_of
 from shear_backends.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.stored import recomputed
 from shear_backends.structure import Structure
-from shear_backends.tried import Trial, longer, resized, run, trials
+from shear_backends.tried import Trial, longer, past_guards, resized, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
+from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import Kept, Plan
@@ -112,6 +113,10 @@ def verify(
         elif more:
             for trial in resized(model, inputs):
                 comparison.ask_first([trial])
+        if inputs is None or more:
+            for told, asked in past_guards(model, comparison.feeds):
+                if not comparison.ask_first(asked):
+                    comparison.notes.append(told)
     return comparison.report()
 
 
@@ -126,6 +131,7 @@ class _Comparison:
         self.gaps: list[Gap] = []
         self.notes: list[str] = []
         self.sizes: list[tuple[int, ...]] = []
+        self.feeds: list[Inputs] = []
         self.moved = self.scale = self.most = 0.0
 
     def report(self) -> Report:
@@ -140,13 +146,19 @@ class _Comparison:
         """Compare what both say to one input; raises where the dense model, or a graph of fixed sizes, says nothing."""
         expected = self._exact(self.reference, trial)
         self._compare(trial, expected)
-        self.sizes.append(trial.size)
+        self._count(trial)
 
-    def ask_first(self, asked: Iterable[Trial]) -> None:
-        """Compare what both say to the first of these inputs that they take."""
+    def ask_first(self, asked: Iterable[Trial]) -> bool:
+        """Compare what both say to the first of these inputs that they take, if there is one."""
         before = len(self.notes)
-        if any(map(self._answered, asked)):
+        answered = any(map(self._answered, asked))
+        if answered:
             del self.notes[before:]
+        return answered
+
+    def _count(self, trial: Trial) -> None:
+        self.sizes.append(trial.size)
+        self.feeds.append(trial.feed)
 
     def _answered(self, trial: Trial) -> bool:
         try:
@@ -157,7 +169,7 @@ class _Comparison:
         except Exception as failure:  # too long for its positions, in the model's own words
             self.notes.append(f"not tried: {trial.name} ({_line(failure)})")
             return False
-        self.sizes.append(trial.size)
+        self._count(trial)
         return True
 
     def further(self, trial: Trial) -> None:

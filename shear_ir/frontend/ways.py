@@ -73,7 +73,7 @@ def _is_torch(module: nn.Module) -> bool:
 def _in_training(model: nn.Module, feed: Inputs) -> dict[str, str]:
     """The modules that call other operators in training mode than in evaluation, dropout left out."""
     try:
-        with on_shapes(model, feed) as (copy, given):
+        with on_shapes(model, feed) as (copy, given, _):
             calls = [_calls(copy().train(training), given) for training in (False, True)]
     except Exception:  # a model that cannot be run on shapes in both modes is judged by its trace alone
         return {}

@@ -1,0 +1,59 @@
+"""What forward asks of the sizes of its inputs is found, tried on the other side, and told where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shear_ir as sir
+from shear_ir.frontend.guards import size_guards
+from tests.zoo import build, randomised
+
+
+class Asks(nn.Module):
+    """A block of 8 whose result is scaled where there are more than ``most`` positions."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.most, self.scale = f"{most}", 1.0  # a text, so that no size is read out of the module
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.down(self.up(x).relu())
+        return h * self.scale if x.shape[1] > int(self.most) else h
+
+
+def test_a_condition_is_told_by_the_name_of_its_argument() -> None:
+    (guard,) = size_guards(Asks(20), {"x": torch.zeros(2, 7, 6)})
+    assert (str(guard), guard.numbers) == ("x.shape[1] <= 20", {20})
+    assert guard.holds({"x": torch.zeros(1, 20, 6)}) and not guard.holds({"x": torch.zeros(1, 21, 6)})
+    assert size_guards(build("llama_gqa"), {"input_ids": torch.zeros(2, 7, dtype=torch.long)}) == ()
+
+
+def test_what_lies_behind_a_condition_is_compared() -> None:
+    model = randomised(Asks(20).eval())
+    x = torch.randn(2, 7, 6)
+    plan = sir.plan(sir.trace(model, x), ratio=0.3)
+    small = sir.shear(model, plan)
+    report = sir.verify(model, small, plan)
+    assert report.sound and max(size[1] for size in report.lengths) > 20
+    small.scale = 1.01
+    assert not sir.verify(model, small, plan).sound
+    assert sir.verify(model, small, plan, x).sound  # where inputs are given, they are all that is asked
+
+
+def test_a_condition_too_far_away_is_told() -> None:
+    model = randomised(Asks(100_000).eval())
+    x = torch.randn(2, 7, 6)
+    plan = sir.plan(sir.trace(model, x), ratio=0.3)
+    report = sir.verify(model, sir.shear(model, plan), plan)
+    assert "forward asks x.shape[1] <= 100000, which all of these meet" in report.notes
+
+
+@pytest.mark.parametrize("name", ["bert"])
+def test_where_a_model_ends_nothing_is_told(name: str) -> None:
+    model = build(name)
+    plan = sir.plan(sir.trace(model), ratio=0.3)
+    report = sir.verify(model, sir.shear(model, plan), plan)
+    assert report.sound and not [note for note in report.notes if "forward asks" in note]
