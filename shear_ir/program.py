@@ -91,6 +91,14 @@ class Feed:
     dtype: torch.dtype | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """Why what a module computes stays whole; ``sizes``: dims of these sizes alone, where they are known."""
+
+    reason: str
+    sizes: frozenset[int] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A traced model.
@@ -102,8 +110,8 @@ class Program:
     stayed symbolic, so that the graph runs at other sizes; ``fixed``: inputs by name with the dims that did not,
     because the model's forward takes their size as a number. ``guards``: what forward asked of the sizes of its
     inputs on the way that was traced, as in ``x.shape[1] <= 8``; it may take another where one does not hold. ``feed``:
-    the inputs that it was traced with. ``held``: modules by path with the reason why what they compute stays whole, as
-    where forward takes a way that was not traced.
+    the inputs that it was traced with. ``held``: modules by path whose values stay whole, as where forward takes a
+    way that was not traced.
     """
 
     graph: fx.Graph
@@ -118,7 +126,7 @@ class Program:
     guards: tuple[str, ...] = ()
     owner: str = "model"
     feed: Feed | None = field(default=None, repr=False)
-    held: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, Held] = field(default_factory=dict)
 
     # The two methods that ask for what lies above this layer find it by name.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.feeds import tensors_in, with_tensors
+from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
@@ -54,20 +55,23 @@ _AFFORDED = 512
 class Judge:
     """Compares candidates with the sheared program, which came about by another road.
 
-    ``structure``: what structure says of the latest candidate, ``accepted``: of the latest that was accepted.
-    ``why``: what speaks against the first one, the likeliest. ``failed``: whether the latest one could not be run.
+    ``rescaled``: whether norms are, so that structure cannot decide. ``structure``: what it says of the latest
+    candidate, ``accepted``: of the latest that was accepted. ``why``: what speaks against the first one, the likeliest.
+    ``failed``: whether the latest one could not be run.
     """
 
-    def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs) -> None:
+    def __init__(self, model: nn.Module, groups: Groups, plan: Plan, feed: Inputs, *, rescaled: bool = False) -> None:
         self.model = model
         self.groups = groups
         self.plan = plan
         self.feed = feed
+        self.rescaled = rescaled
         self.program: Program = shear_program(groups, plan)
         self.meta = any(t.is_meta for t in (*model.parameters(), *model.buffers()))
         self.structure = self.accepted = Structure(False)
         self.why = ""
         self.failed = False
+        self._known: dict[tuple[int, bool], tuple[tuple[Tensor, ...], float, float]] = {}
 
     def agrees(self, small: nn.Module, made: Maker | None = None) -> bool:
         """Whether ``small`` computes the sheared program's function, at every length that is tried.
@@ -76,6 +80,8 @@ class Judge:
         differ; without it, and on the meta device, only structure does.
         """
         self.failed = False
+        if self.rescaled and made is not None and not self.meta:
+            return self._by_numbers(small, made)
         lengths = [_shape(self.feed)]
         against = self._against(small, self.feed, self.program)
         if not against and self.further is not None:
@@ -91,19 +97,43 @@ class Judge:
         self.why = self.why or f" ({against})"
         return False
 
+    def _by_numbers(self, small: nn.Module, made: Maker) -> bool:
+        """Where a mean has become one over fewer channels: the graph scales it, and modules what it multiplies."""
+        against = self._failure(small)
+        self.failed = bool(against)
+        self.structure = Structure(False, (), against or "the means of norms are scaled elsewhere")
+        if against:
+            self.why = self.why or f" ({against})"
+            return False
+        self._require_further()
+        agreed = self._same_numbers(made)
+        self.accepted = self.structure if agreed else self.accepted
+        return agreed
+
     def _against(self, small: nn.Module, feed: Inputs, program: Program) -> str:
         """What speaks against ``small`` as ``program``."""
-        try:
-            if feed is self.feed and not self.meta:  # quicker than a trace of what does not run
-                with evaluation(small), torch.no_grad():
-                    run(small, feed)
-        except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
-            self.failed = True
-            return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        if feed is self.feed and not self.meta:  # quicker than a trace of what does not run
+            failure = self._failure(small)
+            if failure:
+                self.failed = True
+                return failure
         try:
             return first_difference(program, raise_lora(trace(small, feed)))
-        except ShearError as failure:
-            return str(failure)
+        except ShearError as raised:
+            return str(raised)
+
+    def _failure(self, small: nn.Module) -> str:
+        """Why ``small`` does not run; empty where it does."""
+        try:
+            with evaluation(small), torch.no_grad():
+                run(small, self.feed)
+        except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
+            return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        return ""
+
+    def _require_further(self) -> None:
+        """Raise ``ShearingError`` where the plan is not possible with longer inputs."""
+        _ = self.further
 
     @cached_property
     def further(self) -> tuple[Inputs, Program] | None:
@@ -125,10 +155,14 @@ class Judge:
 
     def _same_numbers(self, made: Maker) -> bool:
         """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
+        return all(self._same_on(place, made) for place in range(len(self._given)))
+
+    @cached_property
+    def _given(self) -> list[Inputs]:
+        """What is asked where numbers decide."""
         other = apart(self.model, self.feed)
         feeds = [self.feed, *([] if other is None else [other])]
-        feeds += itertools.islice(filter(self._runs, longer(self.model, self.feed, _AFFORDED)), 1)
-        return all(self._same_on(given, made) for given in feeds)
+        return [*feeds, *itertools.islice(filter(self._runs, longer(self.model, self.feed, _AFFORDED)), 1)]
 
     def _runs(self, given: Inputs) -> bool:
         """Whether the dense model takes them: shapes alone do not say what lies past a table of positions."""
@@ -139,29 +173,36 @@ class Judge:
             return False
         return True
 
-    def _same_on(self, given: Inputs, made: Maker) -> bool:
+    def _same_on(self, place: int, made: Maker) -> bool:
         for draw in (True, False):
             try:
-                dense = _in_double(self.model, draw)
-                feed = with_tensors(given, lambda t: t.double() if t.is_floating_point() else t)
-                there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
-                asked = (self._sheared(dense, there), dense, made(dense))
-                expected, before, found = (_exactly(each, feed) for each in asked)
+                expected, moved, bound = self._said(place, draw)
+                found = _exactly(made(_in_double(self.model, draw)), _doubled(self._given[place]))
                 gap = difference(expected, found)
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
                 self.why = self.why or f" ({type(failure).__name__}: {failure})"
                 continue
-            scale = max([0.0, *(float(t.abs().max()) for t in expected if t.numel())])
-            moved = difference(expected, before)
-            bound = rounding(there.program) * scale
-            if bound <= _ROUNDING * scale and moved not in (0.0, float("inf")):
-                bound = min(bound, _FOLLOWS * moved)
+            scale = _scale(expected)
+            if bound <= _ROUNDING and moved not in (0.0, float("inf")):
+                bound = min(bound * scale, _FOLLOWS * moved)
+            else:
+                bound *= scale
             if gap <= max(bound, 1e-13 * scale):
                 return True
             self.why = self.why or f" (outputs differ by {gap:.3g}, up to {scale:.3g})"
             if scale == scale:  # else the drawn weights have no value, and the model's own may
                 return False
         return False
+
+    def _said(self, place: int, draw: bool) -> tuple[tuple[Tensor, ...], float, float]:
+        """What the sheared program says, how far that is from the dense model, and the rounding of the program."""
+        if (place, draw) not in self._known:
+            dense, feed = _in_double(self.model, draw), _doubled(self._given[place])
+            there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
+            expected = _exactly(self._sheared(dense, there), feed)
+            moved = difference(expected, _exactly(dense, feed))
+            self._known[place, draw] = expected, moved, rounding(there.program)
+        return self._known[place, draw]
 
     def _sheared(self, dense: nn.Module, groups: Groups) -> nn.Module:
         """The sheared program over the tensors of ``dense``."""
@@ -177,7 +218,7 @@ class Judge:
         with evaluation(self.model), torch.no_grad():
             own = run(self.model, self.feed)
             gap = difference(own, graph_module(self.groups.program, tensors_of(self.model))(**self.feed))
-        if gap > _CLEARLY * max([0.0, *(float(t.abs().max()) for t in own if t.numel())]):
+        if gap > _CLEARLY * _scale(own):
             raise ShearingError(
                 f"the trace of {type(self.model).__name__} is not its function, they differ by {gap:.3g} before "
                 "anything is removed: its forward draws random numbers or takes another way under torch.export; pass "
@@ -192,6 +233,14 @@ def rounding(program: Program) -> float:
     """
     own = (isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "shear_ir" for n in program.nodes)
     return _SINGLE if any(own) else _ROUNDING
+
+
+def _doubled(feed: Inputs) -> Inputs:
+    return with_tensors(feed, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def _scale(outputs: Sequence[Tensor]) -> float:
+    return max([0.0, *(float(t.abs().max()) for t in outputs if t.numel())])
 
 
 def _exactly(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
@@ -210,7 +259,8 @@ def _further(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Inputs, Gr
     known = _known.setdefault(groups.program.graph, {})
     if _shape(feed) not in known:
         known[_shape(feed)] = None
-        for given in longer(model, feed):
+        asked = frozenset[int]().union(*(guard.numbers for guard in size_guards(model, feed)))
+        for given in longer(model, feed, asked=asked):
             try:
                 program = raise_lora(trace(model, given))
             except ShearError:

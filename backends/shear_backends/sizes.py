@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shear_ir.frontend.feeds import call, tensors_in, with_tensors
-from shear_ir.frontend.guards import Guard, size_guards
+from shear_ir.frontend.guards import Guard
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.frontend.shapes import on_shapes
 
@@ -17,14 +17,15 @@ _LARGEST = 1 << 26
 """Entries of an input that a longer trace may have."""
 
 
-def longer(model: nn.Module, feed: Inputs, limit: int = 1 << 17) -> Iterator[Inputs]:
-    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` holds or asks of them, the longest first.
+def longer(
+    model: nn.Module, feed: Inputs, limit: int = 1 << 17, asked: frozenset[int] = frozenset()
+) -> Iterator[Inputs]:
+    """Inputs like ``feed`` past the numbers to ``limit`` that ``model`` holds, or that are ``asked``, longest first.
 
     Lengths are primes, so that they equal no size. Nothing where the length is not free, as with images.
     """
     now = max((size for value in tensors_in(feed).values() for size in value.shape), default=0)
-    asked = numbers_of(model).union(*(guard.numbers for guard in size_guards(model, feed)))
-    numbers = sorted(n for n in asked if now <= n <= limit)
+    numbers = sorted(n for n in numbers_of(model) | asked if now <= n <= limit)
     below, above = -1, len(numbers)
     if numbers and _running(model, feed, None, prime(numbers[-1] + 1)):  # as where positions are rotated
         below = above - 1

@@ -55,7 +55,7 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False, ways: 
     with _quiet(model):
         with mode_readers(model) as readers:
             program = _program(model, _export(model, feed, dynamic), feed, dynamic)
-        return replace(program, held=other_ways(model, feed, readers)) if ways else program
+        return replace(program, held=other_ways(model, program, feed, readers)) if ways else program
 
 
 class _Logits(nn.Module):

@@ -1,7 +1,7 @@
-"""Ways through forward that a trace does not see: what training mode does otherwise, and arguments that were not given.
+"""Ways through forward that a trace does not see: what training mode does otherwise, arguments that were not given,
+and parameters that nothing read.
 
-Both are looked for on shapes alone, and only where a module could take them: whose ``training`` was read while it was
-traced, or whose code asks whether an argument is there.
+The first is looked for on shapes alone, and only where a module's ``training`` was read while it was traced.
 """
 
 from __future__ import annotations
@@ -22,19 +22,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shear_ir.frontend.feeds import call
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
+from shear_ir.program import Held, Program, module_path
 
 
-def other_ways(model: nn.Module, feed: Inputs, readers: set[str]) -> dict[str, str]:
+def other_ways(model: nn.Module, program: Program, feed: Inputs, readers: set[str]) -> dict[str, Held]:
     """The modules by path whose forward computes something else where a trace with ``feed`` did not look, and why.
 
-    ``readers``: the modules that asked for their mode in the trace.
+    ``program``: the trace; ``readers``: the modules that asked for their mode in it.
     """
-    found = _in_training(model, feed) if readers else {}
+    found = {**_unread(model, program), **(_in_training(model, feed) if readers else {})}
     asked = _not_given(model, feed)
     if asked:
-        found.setdefault(
-            "", f"the forward of {type(model).__name__} does something else with {asked}, which was not given"
-        )
+        why = f"the forward of {type(model).__name__} does something else with {asked}, which was not given"
+        found[""] = Held(why)
+    return found
+
+
+def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
+    """The modules that may read a parameter on a way that was not traced: there, sizes that it has stay as they are."""
+    read = {name for p in program.params.values() for name in (p.name, *p.aliases)}
+    running = {module_path(node) for node in program.calls()}
+    found: dict[str, Held] = {}
+    for name, parameter in model.named_parameters():
+        if name in read:
+            continue
+        path = name.rpartition(".")[0]
+        while path and path not in running:
+            path = path.rpartition(".")[0]
+        why = f"no way through {_told(path, model.get_submodule(path))} that was traced reads {name}, and another may"
+        before = found.get(path)
+        sizes = frozenset(parameter.shape) | (frozenset() if before is None else before.sizes or frozenset())
+        found[path] = Held(why if before is None else before.reason, sizes)
     return found
 
 
@@ -70,7 +88,7 @@ def _is_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.")
 
 
-def _in_training(model: nn.Module, feed: Inputs) -> dict[str, str]:
+def _in_training(model: nn.Module, feed: Inputs) -> dict[str, Held]:
     """The modules that call other operators in training mode than in evaluation, dropout left out."""
     try:
         with on_shapes(model, feed) as (copy, given, _):
@@ -79,7 +97,7 @@ def _in_training(model: nn.Module, feed: Inputs) -> dict[str, str]:
         return {}
     modules = dict(model.named_modules())
     return {
-        path: f"the forward of {_told(path, modules[path])} takes another way in training mode"
+        path: Held(f"the forward of {_told(path, modules[path])} takes another way in training mode")
         for path in calls[0].keys() | calls[1].keys()
         if path in modules and not _is_torch(modules[path]) and calls[0][path] != calls[1][path]
     }

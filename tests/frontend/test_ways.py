@@ -56,6 +56,20 @@ class Gated(Mlp):
         return self.down(hidden.relu())  # type: ignore[no-any-return]
 
 
+class Longer(Mlp):
+    """Looks at its hidden units once more where there are many positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.other = nn.Linear(5, 5), nn.Linear(13, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(self.first(x))
+        if x.shape[0] > 8:
+            hidden = self.other(hidden)
+        return self.down(hidden.relu())  # type: ignore[no-any-return]
+
+
 class Dropping(Mlp):
     """Is trained with dropout, in three spellings, which is neutral."""
 
@@ -108,6 +122,14 @@ def test_an_argument_that_was_not_given_holds_what_forward_computes() -> None:
     (group,) = [g for g in sir.groups(program) if g.size == 13]
     assert not group.prunable  # rolled
     assert "gate" not in str(group.reason)
+
+
+def test_a_parameter_that_nothing_read_holds_the_sizes_that_it_has() -> None:
+    said = "no way through the model (Longer) that was traced reads other.weight, and another may"
+    assert hidden(Longer().eval()) == (False, said)
+    program = sir.trace(Longer().eval(), torch.randn(9, 5))
+    assert not program.held
+    assert hidden(Deep(Longer()).eval(), 11) == (True, "")
 
 
 def test_dropout_and_defaults_are_no_other_way() -> None:

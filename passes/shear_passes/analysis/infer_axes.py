@@ -140,12 +140,13 @@ class Inference:
     def _hold_other_ways(self) -> None:
         """What a module reads and makes by itself stays whole where its forward has ways that were not traced."""
         for node in self.program.calls() if self.program.held else ():
-            reason = self.program.held.get(module_path(node))
-            if reason is not None:
+            held = self.program.held.get(module_path(node))
+            if held is not None:
                 for value in (node, *node.all_input_nodes):
                     for dims in self.of_node.get(value.name, ()):
                         for dim in dims:
-                            freeze(dim, reason, at=node.name)
+                            if held.sizes is None or dim.size in held.sizes:
+                                freeze(dim, held.reason, at=node.name)
 
     def _hold_undecided(self) -> None:
         for call, home in undecided(self.program):
