@@ -40,7 +40,8 @@ def other_ways(model: nn.Module, program: Program, feed: Inputs, readers: set[st
 
 def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
     """The modules that may read a parameter on a way that was not traced: there, sizes that it has stay as they are."""
-    read = {name for p in program.params.values() for name in (p.name, *p.aliases)}
+    used = [param for node in program.nodes if node.users and (param := program.param(node)) is not None]
+    read = {name for param in used for name in (param.name, *param.aliases)}
     running = {module_path(node) for node in program.calls()}
     found: dict[str, Held] = {}
     for name, parameter in model.named_parameters():
@@ -51,7 +52,7 @@ def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
             path = path.rpartition(".")[0]
         why = f"no way through {_told(path, model.get_submodule(path))} that was traced reads {name}, and another may"
         before = found.get(path)
-        sizes = frozenset(parameter.shape) | (frozenset() if before is None else before.sizes or frozenset())
+        sizes = frozenset(parameter.shape) - {1} | (frozenset() if before is None else before.sizes or frozenset())
         found[path] = Held(why if before is None else before.reason, sizes)
     return found
 

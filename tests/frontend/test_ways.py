@@ -92,7 +92,7 @@ class Deep(nn.Module):
 
 
 def hidden(model: nn.Module, size: int = 13) -> tuple[bool, str]:
-    (group,) = [g for g in sir.groups(sir.trace(model, torch.randn(2, 5))) if g.size == size]
+    group, *_ = [g for g in sir.groups(sir.trace(model, torch.randn(2, 5))) if g.size == size]
     return group.prunable, group.reason or ""
 
 
