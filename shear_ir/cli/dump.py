@@ -16,6 +16,7 @@ def dump(
     out: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write to this file.", show_default=False)
     ] = None,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
@@ -27,7 +28,7 @@ def dump(
 
     with console.Steps("loading", "tracing", "analysing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, dtype, weights=False)
+            loaded = open_model(model, trust_remote_code, dtype, inputs, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

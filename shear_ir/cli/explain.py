@@ -25,6 +25,7 @@ def explain(
             "-o", "--output", metavar="FILE", help="Draw it: a .svg, .png, .pdf or .dot file.", show_default=False
         ),
     ] = None,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     json: options.JsonOption = False,
 ) -> None:
@@ -38,7 +39,7 @@ def explain(
     console.refuse_file(out, *(f".{kind}" for kind in FORMATS))
     with console.Steps("loading", "tracing", "explaining") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, weights=False)
+            loaded = open_model(model, trust_remote_code, inputs=inputs, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("explaining"):

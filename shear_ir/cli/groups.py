@@ -28,6 +28,7 @@ def groups(
             metavar="NAME", help="The slices of this one group: which indices each unit owns.", show_default=False
         ),
     ] = None,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     json: options.JsonOption = False,
 ) -> None:
@@ -37,7 +38,7 @@ def groups(
 
     with console.Steps("loading", "tracing", "analysing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, weights=False)
+            loaded = open_model(model, trust_remote_code, inputs=inputs, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

@@ -18,8 +18,35 @@ if TYPE_CHECKING:
     from shear_ir.frontend.load import LoadedModel
 
 
-def open_model(spec: str, trust: bool = False, dtype: Dtype | None = None, *, weights: bool = True) -> LoadedModel:
-    """The model that ``spec`` names; one of shear-ir's own, or an adapter on it, comes with the record of its cuts."""
+def open_model(
+    spec: str, trust: bool = False, dtype: Dtype | None = None, inputs: Path | None = None, *, weights: bool = True
+) -> LoadedModel:
+    """The model that ``spec`` names; one of shear-ir's own, or an adapter on it, comes with the record of its cuts.
+
+    ``inputs``: a file of tensors by the names of forward's arguments, which it is traced and compared with from here.
+    """
+    given = None if inputs is None else _inputs_in(inputs)
+    loaded = _open_model(spec, trust, dtype, weights)
+    if given is not None:
+        from shear_ir.frontend.feeds import remember
+        from shear_ir.frontend.inputs import as_inputs
+
+        remember(loaded.model, as_inputs(loaded.model, given))
+    return loaded
+
+
+def _inputs_in(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as failure:
+        said = str(failure).partition("\n")[0]
+        raise LoadError(f"--inputs {path} is no safetensors file with forward's arguments by name: {said}") from failure
+
+
+def _open_model(spec: str, trust: bool, dtype: Dtype | None, weights: bool) -> LoadedModel:
     import torch
 
     from shear_ir.frontend.adapter_files import base_of

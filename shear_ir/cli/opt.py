@@ -54,6 +54,7 @@ def opt(
             help="Where the last program is written; with --draw-after, where the picture is (groups.svg).",
         ),
     ] = None,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
@@ -75,7 +76,7 @@ def opt(
     console.refuse_file(picture or out, *(f".{kind}" for kind in FORMATS if picture))
     with console.Steps("loading", "tracing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, dtype)
+            loaded = open_model(model, trust_remote_code, dtype, inputs)
         with step("tracing"):
             program = trace(loaded.model)
     weights = None if loaded.config_only else tensors_of(loaded.model)

@@ -37,6 +37,14 @@ DtypeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace OUT where shear-ir wrote it.")]
 
+InputsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", metavar="FILE", show_default="made from the signature and the config",
+        help="Arguments of forward by name, a .safetensors file: the model is traced and compared with them.",
+    ),
+]  # fmt: skip
+
 RatioOption = Annotated[
     float | None, typer.Option(help="Share of the parameters to remove, between 0 and 1.", show_default=False)
 ]

@@ -62,6 +62,7 @@ def prune(
         ),
     ] = False,
     stock: options.StockOption = None,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
@@ -80,7 +81,9 @@ def prune(
     )  # fmt: skip
     read = None if data is None else scoring.Read(data, samples, device)
     change = Change((repair,) if repair else (), rotate, add_biases, read, trust_remote_code, choices.get("seed", 0))
-    asked = _Asked(model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read, change)
+    asked = _Asked(
+        model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read, change, inputs
+    )  # fmt: skip
     asked.check()
     if samples is not None and data is None:
         raise PlanError("--samples is a number of rows of --data: give --data FILE")
@@ -112,6 +115,7 @@ class _Asked:
     merge: bool
     read: scoring.Read | None
     change: Change
+    inputs: Path | None
 
     def check(self) -> None:
         """Refuse what can be refused before the model is loaded."""
@@ -150,7 +154,7 @@ class _Asked:
 
         ready = None if self.file is None else Plan.load(self.file)
         with step("loading"):
-            loaded = open_model(self.spec, trust, dtype)
+            loaded = open_model(self.spec, trust, dtype, self.inputs)
         if loaded.config_only and not self.dry_run:
             raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
         if self.merge and not has_adapters(loaded.model):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def verify(
     model: options.ModelArgument,
     out: options.OutArgument,
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
@@ -48,7 +49,7 @@ def verify(
         )
     with console.Steps("loading", "tracing", "verifying") as step:
         with step("loading"):
-            dense = open_model(model, trust_remote_code, dtype)
+            dense = open_model(model, trust_remote_code, dtype, inputs)
         if dense.config_only:
             raise ShearError(f"{model} has no weights, only a config: there is nothing to compare with")
         with step("tracing"):

@@ -28,6 +28,7 @@ def visualize(
             "-o", "--output", metavar="FILE", help="A .svg, .png, .pdf or .dot file; one that exists is replaced."
         ),
     ] = Path("groups.svg"),
+    inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     json: options.JsonOption = False,
 ) -> None:
@@ -41,7 +42,7 @@ def visualize(
     ready = None if plan is None else Plan.load(plan)
     with console.Steps("loading", "tracing", "analysing", "drawing") as step:
         with step("loading"):
-            loaded = open_model(model, trust_remote_code, weights=False)
+            loaded = open_model(model, trust_remote_code, inputs=inputs, weights=False)
         with step("tracing"):
             program = pipeline.trace(loaded.model)
         with step("analysing"):

@@ -7,7 +7,8 @@ import signal
 from typing import Any
 
 import peft
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tests.zoo import MLP, build
 
@@ -47,3 +48,20 @@ class _Stopped(MLP):
 def stopped() -> nn.Module:
     """An MLP that gets a SIGTERM while it is saved."""
     return _Stopped().eval()
+
+
+class _Pair(nn.Module):
+    """Takes two inputs, which no signature explains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.down = nn.Linear(4, 12), nn.Linear(3, 12), nn.Linear(12, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.down((self.left(left) + self.right(right)).relu())  # type: ignore[no-any-return]
+
+
+def pair() -> nn.Module:
+    """Two inputs."""
+    torch.manual_seed(0)
+    return _Pair().eval()
