@@ -22,6 +22,10 @@ def given(tmp_path: Path) -> Path:
     return file
 
 
+def test_without_them_it_says_what_to_give(shear: Shear) -> None:
+    assert "cannot be guessed from its signature" in shear("groups", PAIR).sentence
+
+
 def test_every_command_that_traces_takes_them(shear: Shear, given: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert shear("prune", PAIR, "--ratio", "0.3", "-o", out, "--inputs", given).code == 0
@@ -31,10 +35,6 @@ def test_every_command_that_traces_takes_them(shear: Shear, given: Path, tmp_pat
     for command in (("groups", PAIR), ("dump", PAIR), ("explain", PAIR, "ffn"), ("opt", PAIR, "-p", "dead-code")):
         assert shear(*command, "--inputs", given).code == 0, command
     assert shear("visualize", PAIR, "-o", tmp_path / "groups.svg", "--inputs", given).code == 0
-
-
-def test_without_them_it_says_what_to_give(shear: Shear) -> None:
-    assert "cannot be guessed from its signature" in shear("groups", PAIR).sentence
 
 
 def test_files_that_hold_none_are_refused(shear: Shear, given: Path, tmp_path: Path) -> None:
