@@ -106,6 +106,34 @@ def test_inputs_are_any_nesting_of_tensors(
     assert small(**inputs)[0].shape[-1] == 3 if isinstance(inputs, dict) else small(*inputs)[0].shape[-1] == 3
 
 
+@pytest.mark.parametrize(
+    ("model", "batches"),
+    [
+        (OfList(), [{"feats": pair(4)}, {"feats": pair(3)}]),
+        (OfList(), [pair(4), pair(3)]),
+        (OfDict(), [{**nested(4), "name": "first"}, {**nested(3), "name": "second"}]),
+        (OfMany(), [tuple(pair(4)), tuple(pair(3))]),
+        (OfPlaces(), [tuple(pair(4)), tuple(pair(3))]),
+    ],
+)
+def test_criteria_read_batches_of_any_nesting(model: nn.Module, batches: list[Any]) -> None:
+    """What goes into ``narrow``, by hand."""
+    given = [b if not isinstance(b, dict) else {n: v for n, v in b.items() if n != "name"} for b in batches]
+    program = sir.trace(model.eval(), given[0])
+    read: list[Tensor] = []
+    handle = model.narrow.register_forward_pre_hook(lambda _, args: read.append(args[0].double()))  # type: ignore[union-attr]
+    for each in given:
+        with torch.no_grad():
+            model(**each) if isinstance(each, dict) else model(*(each if not isinstance(model, OfList) else [each]))
+    handle.remove()
+    x, weight = torch.cat(read), model.narrow.weight.double()  # type: ignore[union-attr,operator]
+    expected = (x.var(0, correction=0) * weight.square().sum(0)).detach()
+    (found,) = sir.scores(program, "flap", data=batches)["flap"].values()
+    assert torch.allclose(torch.as_tensor(found).double(), expected, rtol=1e-5)
+    taylor = sir.scores(program, "taylor", data=batches, loss=lambda out, _: out.square().mean())["taylor"]
+    assert all(bool(torch.as_tensor(each).isfinite().all()) for each in taylor.values())
+
+
 def test_arguments_given_by_name_stand_in_the_order_of_the_signature() -> None:
     class Difference(Two):
         def forward(self, a: Tensor, b: Tensor) -> Tensor:

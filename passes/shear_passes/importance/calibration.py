@@ -6,13 +6,16 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from shear_ir.errors import PlanError, ShearError
-from shear_ir.frontend.inputs import Inputs, device_of
+from shear_ir.frontend import feeds
+from shear_ir.frontend.feeds import tensors_in, with_tensors
+from shear_ir.frontend.inputs import Inputs, as_inputs, device_of
 from shear_ir.frontend.sentences import sentence
 from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import Analysis, AnalysisManager
@@ -201,25 +204,28 @@ class Data(Analysis[Calibration]):
 
 def as_feed(model: nn.Module, batch: Any) -> Inputs:
     """``batch`` as forward arguments by name, on the device of the model's first parameter."""
+    names = _arguments(model)
     if isinstance(batch, Mapping):
-        feed = {str(k): v for k, v in batch.items() if isinstance(v, Tensor)}
-    else:
+        # Other columns, such as texts, are no arguments; switches and numbers may be.
+        feed = {str(k): v for k, v in batch.items() if k in names or tensors_in({"": v})}
+    elif isinstance(batch, Tensor) or len(names) > 1:
         values = [batch] if isinstance(batch, Tensor) else list(batch)
-        names = _arguments(model)
         main = getattr(model, "main_input_name", None)
         names = [main, *(n for n in names if n != main)] if main in names else names
         feed = dict(zip(names, values, strict=False))
-    if not any(isinstance(t, Tensor) and t.dim() for t in feed.values()):
+    else:
+        feed = as_inputs(model, batch)
+    if not any(t.dim() for t in tensors_in(feed).values()):
         raise PlanError(f"a batch of the calibration data is a {type(batch).__name__} without any tensor in it")
     device = _device(model)
-    return {name: tensor.to(device) for name, tensor in feed.items()}
+    return with_tensors(feed, lambda tensor: tensor.to(device))
 
 
 def call(model: nn.Module, feed: Inputs) -> Any:
     """The outputs of ``model``; labels that it does not take are left out. Raises ``PlanError`` where it fails."""
     names = _arguments(model)
     try:
-        return model(**{name: tensor for name, tensor in feed.items() if name != "labels" or "labels" in names})
+        return feeds.call(model, {name: value for name, value in feed.items() if name != "labels" or "labels" in names})
     except (ShearError, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # whatever the model raises, it is these inputs that it does not take
@@ -264,13 +270,17 @@ def _labels(model: nn.Module, feed: Inputs) -> Tensor | None:
 
 
 def _rows(feed: Inputs) -> int:
-    return min(len(t) for t in feed.values() if t.dim())
+    return min(len(t) for t in tensors_in(feed).values() if t.dim())
 
 
 def _single(feed: Inputs) -> Iterator[Inputs]:
     """The rows of a batch as batches of one."""
     for start in range(_rows(feed)):
-        yield {n: t[start : start + 1] if t.dim() else t for n, t in feed.items()}
+        yield with_tensors(feed, partial(_row, start))
+
+
+def _row(place: int, tensor: Tensor) -> Tensor:
+    return tensor[place : place + 1] if tensor.dim() else tensor
 
 
 def _own_loss(outputs: Any) -> Any:
@@ -295,7 +305,7 @@ def _arguments(model: nn.Module) -> list[str]:
 
 def _masks(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
     """Which tokens are no padding: one mask of shape ``(rows, length)`` for every sequence that has padding."""
-    masks = [t for n, t in feed.items() if n.endswith("attention_mask") and t.dim() == 2]
+    masks = [t for n, t in tensors_in(feed).items() if n.endswith("attention_mask") and t.dim() == 2]
     found = tuple(m.bool() for m in masks if not bool(m.all()))
     if found and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise PlanError("padded batches of an encoder with a decoder cannot be told apart: give rows without padding")
