@@ -13,19 +13,8 @@ from tests.roads import Traced, outputs, same, trace, traced
 from tests.test_families import kinds_of
 from tests.zoo import FAMILIES
 
-SEVERAL = (
-    "mlp",
-    "resnet",
-    "llama_gqa",
-    "qwen3",
-    "phi3",
-    "gpt2",
-    "falcon_mqa",
-    "bloom",
-    "mixtral_batched",
-    "bert",
-    "t5",
-)
+SEVERAL = ("mlp", "resnet", "llama_gqa", "gpt2", "falcon_mqa", "mixtral_batched", "t5")
+ALIKE = ("qwen3", "phi3", "bloom", "bert")
 
 
 def twice(family: Traced) -> tuple[Plan, Plan, nn.Module]:
@@ -37,7 +26,7 @@ def twice(family: Traced) -> tuple[Plan, Plan, nn.Module]:
     return first, second, sir.shear(once, second)
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", [*SEVERAL, *(pytest.param(name, marks=pytest.mark.thorough) for name in ALIKE)])
 def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str) -> None:
     family = traced(name)
     first, second, small = twice(family)
