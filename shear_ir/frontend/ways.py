@@ -48,8 +48,12 @@ def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
         if name in read:
             continue
         path = name.rpartition(".")[0]
+        adapts = _is_adapter(model.get_submodule(path))
         while path and path not in running:
             path = path.rpartition(".")[0]
+            adapts = adapts or _is_adapter(model.get_submodule(path))
+        if adapts:  # what an adapter stands in for, and those that are not active, follow it
+            continue
         why = f"no way through {_told(path, model.get_submodule(path))} that was traced reads {name}, and another may"
         before = found.get(path)
         sizes = frozenset(parameter.shape) - {1} | (frozenset() if before is None else before.sizes or frozenset())
@@ -83,6 +87,10 @@ def mode_readers(model: nn.Module) -> Iterator[set[str]]:
 
 def _told(path: str, module: nn.Module) -> str:
     return f"{path or 'the model'} ({type(module).__name__})"
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("peft.")
 
 
 def _is_torch(module: nn.Module) -> bool:
