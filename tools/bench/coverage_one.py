@@ -292,7 +292,8 @@ def units(group: Group) -> Any:
     """The units that stay: half of the heads, three quarters of the others, in fours where there are so many."""
     share = 2 if group.kind in COLUMNS["heads"] else 4
     count = group.size - max(1, group.size // share)
-    count = count // 4 * 4 if count >= 4 else count
+    step = max(4, group.multiple)
+    count = count // step * step if count >= step else count
     return np.sort(np.random.default_rng(0).permutation(group.size)[:count])
 
 

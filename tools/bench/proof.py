@@ -115,22 +115,15 @@ def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int)
         + (f": {', '.join(alarms)}" if alarms else ""),
         "",
     ]
-    header = (
-        "architecture",
-        "class",
-        "decided by",
-        "lengths",
-        "stock",
-        "sound fp32",
-        "sound bf16",
-        "why not structure",
-    )
+    header = ("architecture", "class", "decided by", "lengths", "stock", "sound fp32", "sound bf16", "why not")
     return "\n".join([*lines, *table(header, [_row(a) for a in answers]), ""])
 
 
 def _row(answer: Answer) -> list[str]:
     single, half = answer.get("float32", {}), answer.get("bfloat16", {})
     why = answer.get("failure") or single.get("refused") or single.get("why", "")
+    if half.get("refused") and not single.get("refused"):
+        why = "; ".join(filter(None, (why, f"in bf16: {half['refused']}")))
     decided = "" if "structure" not in single else "structure" if single["structure"] else "numbers"
     lengths = ", ".join("x".join(map(str, shape)) for shape in single.get("lengths", ()))
     marks = {True: "✓", False: "**no**", None: ""}
