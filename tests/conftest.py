@@ -28,10 +28,16 @@ settings.load_profile("house")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n --dist loadgroup``: one worker has all tests of a family, or of a file, and traces its models once.
 
-    The families come last: they are many small groups, which keep every worker busy to the end.
+    The families come last: they are many small groups, which keep every worker busy to the end. Of those built alike,
+    tests marked ``unlike`` take one; the others are ``thorough``.
     """
+    from tests.zoo import UNLIKE
+
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_family(item) or str(item.path)))
+        family = _family(item)
+        if family is not None and family not in UNLIKE and item.get_closest_marker("unlike"):
+            item.add_marker(pytest.mark.thorough)
+        item.add_marker(pytest.mark.xdist_group(family or str(item.path)))
     items.sort(key=lambda item: _family(item) is not None)
 
 

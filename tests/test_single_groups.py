@@ -10,12 +10,7 @@ from tests.roads import Traced, traced, units
 from tests.zoo import FAMILIES
 
 WHOLE = ("ffn", "kv_head", "query_group", "conv_channel")
-# One family of each way to build a block: the others are built of the same operators, and go with `-m thorough`.
-UNLIKE = (
-    "mlp", "resnet", "llama_gqa", "gemma2", "phi3", "gpt2", "falcon_new", "mpt", "mixtral", "bert", "deberta_v2",
-    "t5_gated", "vit",
-)  # fmt: skip
-ANY = [name if name in UNLIKE else pytest.param(name, marks=pytest.mark.thorough) for name in FAMILIES]
+pytestmark = pytest.mark.unlike
 # What the modules of one model may share in a single attribute, so that one layer cannot change alone.
 SHARED = ("head_dim", "rotary_pair")
 
@@ -40,7 +35,7 @@ def outermost(family: Traced) -> list[Group]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_any_other_group_goes_alone_in_the_graph(name: str) -> None:
     family = traced(name)
     tried = outermost(family)
@@ -66,7 +61,7 @@ def test_half_of_the_last_layers_heads_or_channels_go_alone_in_the_modules(name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_unit_of_any_other_layers_heads_or_channels_goes_alone_in_the_modules(name: str) -> None:
     family = traced(name)
     for kind in WHOLE:
@@ -75,7 +70,7 @@ def test_one_unit_of_any_other_layers_heads_or_channels_goes_alone_in_the_module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_head_channels_go_alone_in_the_modules_or_are_refused(name: str) -> None:
     family = traced(name)
     for kind in SHARED:

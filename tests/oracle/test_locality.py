@@ -20,6 +20,7 @@ aten = torch.ops.aten
 QUICK = ("mlp", "concat_and_split", "depthwise_separable", "llama_gqa", "gpt_neox", "mixtral_batched")
 
 
+@pytest.mark.unlike
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
 )  # fmt: skip

@@ -282,6 +282,7 @@ def alone(criterion: Importance) -> dict[str, Any]:
     return {name: of(scores(criterion, data=padded()), name) for name in ("ffn1", "kv0")}
 
 
+@pytest.mark.unlike
 @pytest.mark.parametrize(("one", "other"), [*itertools.combinations(ALL, 2)], ids=str)
 def test_scores_do_not_depend_on_who_shares_the_pass(one: Importance, other: Importance) -> None:
     mine = manager("llama_gqa", padded())
