@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shear_ir.cli import console, options, scoring
-from shear_ir.errors import PlanError
+from shear_ir.errors import CostWarning, PlanError
 
 if TYPE_CHECKING:
     from shear_ir.frontend.load import LoadedModel
@@ -54,8 +55,14 @@ class Change:
             what = f"--repair {self.repairs[0]}" if self.repairs else "--rotate residual"
             raise PlanError(f"{what} looks at data: give --data FILE")
 
-    def turned(self, loaded: LoadedModel, step: console.Steps) -> LoadedModel:
-        """The same function with biases, or in another basis."""
+    def turned(self, loaded: LoadedModel, step: console.Steps) -> tuple[LoadedModel, list[str]]:
+        """The same function with biases, or in another basis, and sentences on what that costs."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", CostWarning)
+            turned = self._turned(loaded, step)
+        return turned, [str(each.message) for each in said if issubclass(each.category, CostWarning)]
+
+    def _turned(self, loaded: LoadedModel, step: console.Steps) -> LoadedModel:
         from shear_ir import repairing
 
         if loaded.config_only and self.rotation is not None:

@@ -159,9 +159,10 @@ class _Asked:
             raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
         if self.merge and not has_adapters(loaded.model):
             raise ShearError(f"{self.spec} has no adapters to merge")
+        costs: list[str] = []
         if self.change.before:
             with step("rotating"):
-                loaded = self.change.turned(loaded, step)
+                loaded, costs = self.change.turned(loaded, step)
         with step("tracing"):
             program = pipeline.trace(loaded.model) if ready is None else pipeline.planned_program(loaded.model, ready)
         with step("analysing"):
@@ -169,7 +170,7 @@ class _Asked:
         with step("selecting"):
             plan = self._plan(loaded, program, step, trust) if ready is None else ready
             plan = replace(plan, options={**plan.options, **self.change.told})
-        result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds)
+        result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds, costs)
         if self.dry_run or self.out is None:
             return result
         if self.change.repairs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shear_ir.cli import console
@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Pruned:
-    """One run of prune. ``verified`` and ``saved`` are None where that step was left out."""
+    """One run of prune. ``costs``: what changing the weights before it costs, in sentences. ``verified`` and ``saved``
+    are None where that step was left out.
+    """
 
     spec: str
     model: nn.Module
     groups: Groups
     plan: Plan
     seconds: dict[str, float]
+    costs: list[str] = field(default_factory=list)
     verified: Report | None = None
     saved: Saved | None = None
 
@@ -41,9 +44,9 @@ class Pruned:
         from shear_passes.importance import BLIND, HARMLESS, blind_costs
 
         if not self.tokens or self.plan.ratio <= HARMLESS or self.plan.options.keys() & {"repair", "rotate"}:
-            return []
+            return self.costs
         named = dict.fromkeys(_criteria(self.plan.options))
-        return [blind_costs(name) for name in named if name.partition("{")[0] in BLIND]
+        return self.costs + [blind_costs(name) for name in named if name.partition("{")[0] in BLIND]
 
     @property
     def stock(self) -> tuple[bool, str]:

@@ -47,6 +47,22 @@ def test_a_rotated_stream_gets_biases_and_loses_its_last_directions(shear: Shear
     assert (ran.json["options"]["rotate"], ran.json["options"]["add_biases"]) == ("residual", True)
 
 
+def test_what_an_untied_table_costs_is_said(shear: Shear, place: Path, tmp_path: Path) -> None:
+    model = build("llama_gqa")
+    model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    model.tie_weights()  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "tied")  # type: ignore[operator]
+    for file in (place / "dense").glob("token*"):
+        (tmp_path / "tied" / file.name).write_bytes(file.read_bytes())
+    asked = ("--rotate", "residual", "--data", place / "data.yaml", "--samples", "4", "--device", "cpu")
+    cut = ("--ratio", "0.2", "--kinds", "residual", "--importance", "order", "--round-to", "8")
+    ran = shear("prune", tmp_path / "tied", *asked, *cut, "-o", tmp_path / "out", "--json")
+    (told,) = ran.json["warnings"]
+    assert "is untied, since it alone reads a norm" in told
+    assert f"{model.get_input_embeddings().weight.numel():,} parameters more" in told  # type: ignore[operator,union-attr]
+    assert told in " ".join(ran.err.split())
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
