@@ -68,6 +68,14 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
 def stands_for(program: Program, model: nn.Module) -> None:
     """Let the weights of ``program`` be those of ``model``, which somebody else has to hold."""
     _models[program] = weakref.ref(model), State.of(model)
+    weakref.finalize(model, _forget, weakref.ref(program)).atexit = False
+
+
+def _forget(program: weakref.ref[Program]) -> None:
+    """Let go of the weights of a model that is gone."""
+    manager = vars(program()).get("_analyses") if program() is not None else None
+    if manager is not None:
+        manager.weights = None
 
 
 def analyses(program: Program) -> AnalysisManager:

@@ -29,6 +29,7 @@ from shear_passes.importance.calibration import Progress
 from shear_passes.importance.scoring import prepared
 from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.repair import FlapBias, LeastSquares, Repair
+from shear_passes.repair.base import losing
 from shear_passes.repair.centred_stream import layer_normed, rms_normed
 from shear_passes.repair.rotate_heads import rotated_heads
 from shear_passes.repair.rotate_residual import principal_basis, rotated_stream, tied_readers, with_plain_norms
@@ -52,28 +53,36 @@ def repair(
     model = unwrapped(model)
     _require_merged(model)
     program = planned_program(model, plan, inputs)
-    return Repairs(model, program, [named(each) for each in repairs] or [LeastSquares()], data, progress)(plan)
+    asked = Repairs(model, program, [named(each) for each in repairs] or [LeastSquares()], data, progress, plan)
+    changed = asked.changed(plan)
+    del asked  # with all that was read, before a copy of the model is there
+    return _with(model, changed)
 
 
 class Repairs:
-    """Repairs of one model, for any number of plans, by statistics of one pass over ``data``."""
+    """Repairs of one model by statistics of one pass over ``data``, for ``plan``, or for any number of plans."""
 
     def __init__(
         self, model: nn.Module, program: Program, repairs: Sequence[Repair], data: Iterable[Any],
-        progress: Progress | None = None,
+        progress: Progress | None = None, plan: Plan | None = None,
     ) -> None:  # fmt: skip
         self.model, self.repairs, self.groups = model, repairs, groups(program)
         self.manager = prepared(analyses(program), [], weights=None, model=model, data=data, progress=progress)
-        collect([each.statistics() for each in repairs], self.manager)
+        self.only = () if plan is None else losing(self.groups, plan, self.manager.get(FindConsumers()))
+        collect([each.statistics(self.only) for each in repairs], self.manager)
 
     def __call__(self, plan: Plan) -> nn.Module:
         """A copy of the model, repaired for ``plan``."""
+        return _with(self.model, self.changed(plan))
+
+    def changed(self, plan: Plan) -> dict[str, Tensor]:
+        """The tensors that a repair for ``plan`` changes."""
         weights, changed = _weights(self.model, self.groups), dict[str, Tensor]()
         consumers = self.manager.get(FindConsumers())
         for each in self.repairs:
-            statistics = self.manager.get(each.statistics())
+            statistics = self.manager.get(each.statistics(self.only))
             changed |= each.repaired({**weights, **changed}, self.groups, plan, consumers, statistics)
-        return _with(self.model, changed)
+        return changed
 
 
 def with_biases(model: nn.Module, inputs: Any = None) -> nn.Module:

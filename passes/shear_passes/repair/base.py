@@ -57,9 +57,9 @@ class Repair(Rewrite):
         groups, consumers = analyses.get(FindGroups()), analyses.get(FindConsumers())
         return {**weights, **self.repaired(weights, groups, plan, consumers, analyses.get(self.statistics()))}
 
-    def statistics(self) -> ReadStatistics:
-        """What it reads from data."""
-        return ReadStatistics(gram=self.gram)
+    def statistics(self, only: tuple[str, ...] = ()) -> ReadStatistics:
+        """What it reads from data; ``only``: of consumers of these parameters, where it is known which matter."""
+        return ReadStatistics(self.gram, only)
 
     @abstractmethod
     def repaired(
@@ -83,6 +83,12 @@ def losses(groups: Groups, plan: Plan, consumers: Consumers, statistics: Calibra
         stays = torch.from_numpy(mask(consumer.features, masks))
         if consumer in statistics and bool(stays.any()):
             yield Loss(consumer, stays, statistics[consumer], biases.get(consumer.parameter, ""))
+
+
+def losing(groups: Groups, plan: Plan, consumers: Consumers) -> tuple[str, ...]:
+    """The parameters of the consumers that lose features."""
+    masks = checked_masks(groups, plan)
+    return tuple(consumer.parameter for consumer in consumers if _is_cut(consumer, masks))
 
 
 def _is_cut(consumer: Consumer, masks: Mapping[Axis, Mask]) -> bool:

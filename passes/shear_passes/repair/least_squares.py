@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,15 +44,15 @@ class LeastSquares(Repair):
             raise PlanError(f"ridge of least squares is a positive number, not {self.ridge}")
         found: dict[str, Tensor] = {}
         current: Mapping[str, Tensor] = ChainMap(found, dict(weights))
-        solved: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        solved: tuple[Any, Any] = (None, None)
         for loss in losses(groups, plan, consumers, statistics):
             if not loss.consumer.sole:  # an embedding that is tied to it would change as well
                 continue
             # Consumers of the same values, such as gate and up, share one regression.
             key = id(loss.moments), bool(loss.bias)
-            if key not in solved:
-                solved[key] = _regression(loss.moments, loss.stays, self.ridge, centred=bool(loss.bias))
-            found |= _folded(current, loss, *solved[key])
+            if solved[0] != key:
+                solved = key, _regression(loss.moments, loss.stays, self.ridge, centred=bool(loss.bias))
+            found |= _folded(current, loss, *solved[1])
         return found
 
 
