@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_backends import attributes
 from shear_backends.attributes import Overrides, apply_attributes
@@ -22,6 +24,7 @@ from shear_backends.judge import Judge
 from shear_backends.layers import drop_layers, moved, plain, stays
 from shear_backends.rms_norms import RmsNorms, rms_norms_of
 from shear_backends.structure import Structure
+from shear_backends.verify import evaluation, run
 from shear_ir.axes import Axis, Mask
 from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
@@ -92,7 +95,33 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     """
     recipe = find_recipe(model, groups, plan, inputs)
     small = build(model, with_copies(model, cut_by_id(model, plan, recipe.norms)), recipe)
+    require_apart(small, model, example_inputs(model) if inputs is None else as_inputs(model, inputs))
     return recorded(small, model, plan, recipe)
+
+
+def require_apart(small: nn.Module, model: nn.Module, feed: Inputs) -> None:
+    """Raise ``ShearingError`` where ``small`` reads a tensor of ``model``, as by a hook that holds on to it."""
+    places = {t.untyped_storage().data_ptr(): name for name, t in tensors_of(model).items() if not t.is_meta}
+    places.pop(0, None)
+    if not places or any(t.is_meta for t in tensors_of(small).values()):
+        return
+
+    class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                plain = (
+                    isinstance(leaf, Tensor) and leaf.layout is torch.strided and type(leaf) in (Tensor, nn.Parameter)
+                )
+                name = places.get(leaf.untyped_storage().data_ptr()) if plain else None
+                if name is not None:
+                    raise ShearingError(
+                        f"a copy of {type(model).__name__} reads {name} of the original, as a hook or a function does "
+                        "that holds on to it: let it find what it reads in its module"
+                    )
+            return func(*args, **(kwargs or {}))
+
+    with evaluation(small), torch.no_grad(), Watched():  # type: ignore[no-untyped-call]  # as above
+        run(small, feed)
 
 
 @dataclass(frozen=True)

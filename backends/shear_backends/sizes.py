@@ -45,12 +45,31 @@ def longer(
             yield found
 
 
-def beyond(model: nn.Module, feed: Inputs, guard: Guard, most: int) -> Iterator[Inputs]:
-    """Inputs like ``feed`` for which ``guard`` does not hold, of ``most`` positions, and that ``model`` runs on."""
-    for length in sorted({n + step for n in guard.numbers for step in (-1, 0, 1) if 0 < n + step <= most}):
-        made = _running(model, feed, None, length)
-        if made is not None and not guard.holds(made):
-            yield made
+def beyond(model: nn.Module, feed: Inputs, guard: Guard, most: int) -> tuple[list[Inputs], bool]:
+    """Inputs like ``feed`` for which ``guard`` does not hold and that ``model`` runs on, sizes up to ``most``.
+
+    And whether there may be more of them: sizes that are larger, or that several of its sizes decide.
+    """
+    found: list[Inputs] = []
+    numbers = sorted({n + step for n in guard.numbers for step in (-1, 0, 1) if n + step > 0})
+    for name, dim in dict.fromkeys(guard.symbols.values()):
+        for size in [n for n in numbers if n <= most]:
+            for made in _of_size(model, feed, name, dim, size):
+                if not guard.holds(made) and _runs(model, made):
+                    found.append(made)
+                    break
+    return found, any(n > most for n in numbers)
+
+
+def _of_size(model: nn.Module, feed: Inputs, name: str, dim: int, size: int) -> Iterator[Inputs]:
+    """``feed`` with this size in one dim of the tensor ``name``, and of all others that have to follow."""
+    if dim == 0:
+        yield from _resized(model, feed, size, None)
+    elif dim == 1:
+        yield from _resized(model, feed, None, size)
+    own = tensors_in(feed)[name]
+    if dim < own.dim():
+        yield with_tensors(feed, lambda tensor: _repeated(tensor, dim, size) if tensor is own else tensor)
 
 
 def apart(model: nn.Module, feed: Inputs) -> Inputs | None:
@@ -65,6 +84,12 @@ def apart(model: nn.Module, feed: Inputs) -> Inputs | None:
     batch = _free(taken, {4, main.shape[0]})
     length = _free(taken, {4, batch, *main.shape[1:2]})
     return _running(model, feed, batch, length) or _running(model, feed, batch, None)
+
+
+def of_batch(model: nn.Module, feed: Inputs, batch: int) -> Inputs | None:
+    """Inputs like ``feed`` of so many rows; None where the model takes none, or ``feed`` has as many."""
+    main = next(iter(tensors_in(feed).values()), None)
+    return None if main is None or not main.dim() or len(main) == batch else _running(model, feed, batch, None)
 
 
 def numbers_of(model: nn.Module) -> set[int]:
@@ -103,14 +128,18 @@ def _free(taken: set[int], above: set[int]) -> int:
 
 def _running(model: nn.Module, feed: Inputs, batch: int | None, length: int | None) -> Inputs | None:
     """Inputs like ``feed`` of these sizes, that ``model`` runs on; None where it does on none."""
-    for made in _resized(model, feed, batch, length):
-        try:
-            if all(value.numel() <= _LARGEST for value in tensors_in(made).values()):
-                _fake_run(model, made)
-                return made
-        except Exception:  # too long for its positions, in the model's own words
-            continue
-    return None
+    return next((made for made in _resized(model, feed, batch, length) if _runs(model, made)), None)
+
+
+def _runs(model: nn.Module, feed: Inputs) -> bool:
+    """Whether ``model`` takes inputs of these sizes."""
+    if any(value.numel() > _LARGEST for value in tensors_in(feed).values()):
+        return False
+    try:
+        _fake_run(model, feed)
+    except Exception:  # too long for its positions, in the model's own words
+        return False
+    return True
 
 
 def _resized(model: nn.Module, feed: Inputs, batch: int | None, length: int | None) -> Iterator[Inputs]:

@@ -20,6 +20,8 @@ from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 
 _LONGEST = 512
+_GUARDS = 8
+"""Conditions that are tried on their other side: forward of images may ask for more of them than tell apart."""
 _PRODUCTS = 2**33
 """Weights times positions that a longer input may cost; beyond it, minutes."""
 
@@ -57,9 +59,16 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
         return [_asked(_placed(model, as_inputs(model, one))) for one in given]
     asked = [_asked(example_inputs(model, seed=seed)), _asked(example_inputs(model, batch=2, length=16, seed=seed + 1))]
     feed = asked[0].feed
-    if _text(feed) and hasattr(getattr(model, "config", None), "use_cache"):
-        asked.append(Trial("a step with a cache", feed, run, step_by_step, further=True))
-    return [*asked, Trial("training", feed, in_training, further=True)]
+    return [*asked, *_otherwise(model, feed)]
+
+
+def _otherwise(model: nn.Module, feed: Inputs) -> Iterator[Trial]:
+    """Other ways to ask."""
+    text = feed.get(_text(feed))
+    long = isinstance(text, Tensor) and text.dim() == 2 and text.shape[1] > 1
+    if long and hasattr(getattr(model, "config", None), "use_cache"):
+        yield Trial("a step with a cache", feed, run, step_by_step, further=True)
+    yield Trial("training", feed, in_training, further=True)
 
 
 def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Trial]:
@@ -77,10 +86,11 @@ def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> I
 
 
 def resized(model: nn.Module, inputs: Any) -> Iterator[Trial]:
-    """``inputs`` of another batch and length, and past the whole numbers of the model; those of them that it takes."""
+    """``inputs`` of another batch and length, past the whole numbers of the model, and asked otherwise."""
     feed = _placed(model, as_inputs(model, inputs))
-    other = apart(model, feed)
-    yield from () if other is None else (_asked(other),)
+    yield from _otherwise(model, feed)
+    # One row alone is the usual way to be asked, and the one that broadcasts.
+    yield from (_asked(made) for made in (apart(model, feed), sizes.of_batch(model, feed, 1)) if made is not None)
     yield from map(_asked, itertools.islice(sizes.longer(model, feed, _affordable(model)), 1))
 
 
@@ -90,11 +100,11 @@ def past_guards(model: nn.Module, tried: Sequence[Inputs]) -> Iterator[tuple[str
     Nothing where the model itself does not go on without it, as past its last position.
     """
     most = _affordable(model)
-    for guard in size_guards(model, tried[0]):
+    for guard in size_guards(model, tried[0])[:_GUARDS]:
         if all(map(guard.holds, tried)):
-            asked = [_asked(made) for made in sizes.beyond(model, tried[0], guard, most)]
-            if asked or max(guard.numbers, default=0) > most:
-                yield f"forward asks {guard}, which all of these meet", asked
+            feeds, beyond = sizes.beyond(model, tried[0], guard, most)
+            if feeds or beyond:
+                yield f"forward asks {guard}, which all of these meet", list(map(_asked, feeds))
 
 
 def _affordable(model: nn.Module) -> int:

@@ -78,7 +78,7 @@ class _Logits(nn.Module):
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
     """The tensors of a model's output that count: all, but for caches and states and attentions that are listed.
 
-    Beside logits, those are floating-point numbers, and no state of an encoder either.
+    Beside logits, no state of an encoder either.
     """
     if isinstance(output, Tensor):
         return (output,)
@@ -89,8 +89,7 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
         named = {str(name): value for name, value in output.items()}
         if not logits:
             return _tensors([v for name, v in named.items() if name not in _LISTED])
-        rest = _tensors([v for n, v in named.items() if n != "logits" and not _is_beside(n)])
-        return (output["logits"], *(t for t in rest if t.is_floating_point()))
+        return (output["logits"], *_tensors([v for n, v in named.items() if n != "logits" and not _is_beside(n)]))
     return _tensors(list(output)) if isinstance(output, (tuple, list)) else ()
 
 

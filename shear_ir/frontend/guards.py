@@ -17,9 +17,6 @@ from shear_ir.frontend.feeds import call, tensors_in, with_tensors
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
 
-_OPEN = 2
-"""The first dims of an input are the batch and the positions; sizes beyond them are those of the model."""
-
 
 @dataclass(frozen=True)
 class Guard:
@@ -46,14 +43,16 @@ class Guard:
 
 
 def size_guards(model: nn.Module, feed: Inputs) -> tuple[Guard, ...]:
-    """What ``forward`` asked of the batch and the positions of ``feed``; as far as it runs on symbols."""
+    """What ``forward`` asked of the sizes of ``feed``, as far as it runs on symbols.
+
+    A size that has to be one number, such as that of channels, leaves no choice.
+    """
     env, symbols = ShapeEnv(), dict[Any, tuple[str, int]]()
     names = {id(tensor): name for name, tensor in tensors_in(feed).items()}
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
     def symbolic(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
-        kinds = [DimDynamic.DYNAMIC if d < _OPEN else DimDynamic.STATIC for d in range(tensor.dim())]
-        context: Any = StatelessSymbolicContext(dynamic_sizes=kinds)
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
         name = names[id(tensor)]
         made = mode.from_tensor(tensor, symbolic_context=context, source=LocalSource(name))
         for dim, size in enumerate(made.shape):
@@ -68,6 +67,8 @@ def size_guards(model: nn.Module, feed: Inputs) -> tuple[Guard, ...]:
     for asked in env.guards:
         condition = asked.expr
         used = {s: symbols[s] for s in condition.free_symbols if s in symbols}
+        if condition.func.__name__ == "Equality" and len(used) == 1 and "Mod(" not in str(condition):
+            continue
         if used and len(used) == len(condition.free_symbols):
             numbers = frozenset(int(n) for n in condition.atoms() if getattr(n, "is_Integer", False))
             guard = Guard(condition, used, numbers)

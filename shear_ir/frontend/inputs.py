@@ -142,11 +142,17 @@ def _rows(model: nn.Module, config: Any, name: str) -> int:
 def _sounds(
     model: nn.Module, config: Any, name: str, batch: int, length: int, generator: torch.Generator
 ) -> Tensor | None:
-    """Features of sounds, ``(batch, mel bins, frames)``, where the first convolution reads mel bins.
+    """Sounds as the first convolution reads them: features, ``(batch, mel bins, frames)``, or ``(batch, samples)``.
 
-    An encoder with a table of positions may take one length alone, that which fills it: Whisper.
+    An encoder with a table of positions may take one length of features alone, that which fills it: Whisper. Of
+    samples, as many as ``length`` positions are made of.
     """
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d)]
+    if name == "input_values" and convolutions and convolutions[0].in_channels == 1:
+        samples = length
+        for convolution in reversed([m for m in convolutions if m.groups == 1 and m.padding in (0, (0,))]):
+            samples = (samples - 1) * convolution.stride[0] + convolution.kernel_size[0]
+        return torch.randn(batch, samples, generator=generator).to(float_dtype(model))
     bins = getattr(config, "num_mel_bins", None)
     if name != "input_features" or not convolutions or convolutions[0].in_channels != bins:
         return None

@@ -7,11 +7,13 @@ The first is looked for on shapes alone, and only where a module's ``training`` 
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import inspect
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shear_ir.frontend.feeds import call
+from shear_ir.frontend.feeds import call, tensors_in
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
 from shear_ir.program import Held, Program, module_path
@@ -30,12 +32,8 @@ def other_ways(model: nn.Module, program: Program, feed: Inputs, readers: set[st
 
     ``program``: the trace; ``readers``: the modules that asked for their mode in it.
     """
-    found = {**_unread(model, program), **(_in_training(model, feed) if readers else {})}
-    asked = _not_given(model, feed)
-    if asked:
-        why = f"the forward of {type(model).__name__} does something else with {asked}, which was not given"
-        found[""] = Held(why)
-    return found
+    training = _in_training(model, feed) if readers else {}
+    return {**_unread(model, program), **training, **_not_given(model, feed)}
 
 
 def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
@@ -113,11 +111,17 @@ def _in_training(model: nn.Module, feed: Inputs) -> dict[str, Held]:
 
 
 def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
-    """What each module calls by itself, in order: operators, what they are told, and the shapes of what they make."""
+    """What each module calls by itself, in order: operators, what they read and are told, and the shapes they make.
+
+    A value is known by the module that made it, and in that module by its number, so that what one module does
+    otherwise is no other way of the next.
+    """
     fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     paths = {id(module): path for path, module in model.named_modules()}
     running: list[str] = []
     found: dict[str, list[Any]] = defaultdict(list)
+    named: dict[int, tuple[str, int]] = {id(t): (name, 0) for name, t in _tensors_of(model, feed)}
+    alive: list[Any] = []  # so that no id is given twice
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append(paths.get(id(module), running[-1] if running else ""))
@@ -128,11 +132,19 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             made = func(*args, **(kwargs or {}))
+            here = running[-1] if running else ""
             # Batch norms are told their mode, and work channel by channel in both.
             leaves = () if "batch_norm" in str(func) else pytree.tree_leaves((args, kwargs))
-            told = [str(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
-            found[running[-1] if running else ""].append((func, told, getattr(made, "shape", None)))
+            told = [_read(leaf, here) if isinstance(leaf, Tensor) else str(leaf) for leaf in leaves]
+            for value in pytree.tree_leaves(made):
+                named.setdefault(id(value), (here, len(found[here])))
+                alive.append(value)
+            found[here].append((func, told, getattr(made, "shape", None)))
             return made
+
+    def _read(value: Tensor, here: str) -> Any:
+        path, number = named.get(id(value), ("", -1))
+        return (path, number) if path == here else path
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -145,6 +157,12 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def _tensors_of(model: nn.Module, feed: Inputs) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+    yield from ((f"input {name}", tensor) for name, tensor in tensors_in(feed).items())
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -161,35 +179,130 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _not_given(model: nn.Module, feed: Inputs) -> str:
-    """An argument that a user's own forward asks for (``if gate is not None``) and that the trace was not given."""
-    if hasattr(model, "main_input_name") or _is_torch(model) or hasattr(model, "peft_config"):
-        return ""
-    optional = {
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.default in (None, False, True)
-    } - feed.keys()
-    if not optional:
-        return ""
+def _not_given(model: nn.Module, feed: Inputs) -> dict[str, Held]:
+    """The modules of a user whose forward decides by an argument that was not given (``if gate is not None``).
+
+    Their source is read: an argument that has its default may be given a value, be handed on to another module, or to
+    torch, which takes it as it is; whatever else is done with it may be another way.
+    """
+    if hasattr(model, "peft_config"):
+        return {}
+    found: dict[str, Held] = {}
+    defaults = _defaults(model, feed)
+    for path, module in model.named_modules():
+        names = defaults.get(path, frozenset())
+        asked = _decides_by(module, names) if names else ""
+        if asked:
+            found[path] = Held(
+                f"the forward of {_told(path, module) if path else type(module).__name__} does something else with "
+                f"{asked}, which was not given"
+            )
+    return found
+
+
+def _defaults(model: nn.Module, feed: Inputs) -> dict[str, frozenset[str]]:
+    """By path, the arguments of forward that have their default in every call of a user's module on ``feed``."""
+    found: dict[str, frozenset[str]] = {}
+    if not any(map(_is_users, model.modules())):
+        return found
+
+    def watch(path: str, parameters: Mapping[str, inspect.Parameter]) -> Any:
+        places = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = {**dict(zip(places, args, strict=False)), **kwargs}
+            names = {
+                n for n, p in parameters.items() if p.kind is p.VAR_KEYWORD and not kwargs.keys() - parameters.keys()
+            }
+            for name, p in parameters.items():
+                if p.default is not p.empty and (name not in given or given[name] is p.default):
+                    names.add(name)
+            found[path] = found.get(path, frozenset(names)) & names
+
+        return enter
+
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(model).forward)))
+        with on_shapes(model, feed) as (copy, given, _):
+            copied = copy().eval()
+            for path, module in copied.named_modules():
+                if _is_users(module):
+                    parameters = inspect.signature(module.forward).parameters
+                    module.register_forward_pre_hook(watch(path, parameters), with_kwargs=True)
+            call(copied, given)
+    except Exception:  # a model that cannot be run on shapes is judged by its trace alone
+        pass
+    return found
+
+
+def _is_users(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] not in ("torch", "transformers", "peft")
+
+
+def _decides_by(module: nn.Module, names: frozenset[str]) -> str:
+    """The first of ``names`` by which the forward of ``module`` may decide; empty where there is none."""
+    forward = type(module).forward
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):  # there is no source to look at
         return ""
+    harmless: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.If, ast.IfExp)):
-            asked = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)} & optional
-            if asked and not _only_defaults(node, asked):
-                return min(asked)
-    return ""
+        if isinstance(node, ast.Raise | ast.Assert) or _only_defaults(node, names):
+            harmless |= {id(each) for each in ast.walk(node)}
+        if isinstance(node, ast.Call) and _hands_on(node.func, module, forward.__globals__):
+            handed = [each.value if isinstance(each, ast.keyword | ast.Starred) else each
+                      for each in (*node.args, *node.keywords)]  # fmt: skip
+            harmless |= {id(each) for each in handed}
+    asked = (
+        name.id for node in ast.walk(tree) if isinstance(node, _DECIDING)
+        for name in ast.walk(_asked_in(node))
+        if isinstance(name, ast.Name) and name.id in names and id(name) not in harmless
+    )  # fmt: skip
+    return min(asked, default="")
 
 
-def _only_defaults(node: ast.If | ast.IfExp, asked: set[str]) -> bool:
+_DECIDING = (ast.If, ast.IfExp, ast.While, ast.Match, ast.Compare, ast.BoolOp, ast.Subscript, ast.Call)
+
+
+def _asked_in(node: Any) -> ast.AST:
+    """The part of an expression or a statement that decides."""
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        return node.test
+    if isinstance(node, ast.Match):
+        return node.subject
+    if isinstance(node, ast.Subscript):
+        return node.slice
+    return node  # type: ignore[no-any-return]
+
+
+def _hands_on(function: ast.AST, module: nn.Module, known: Mapping[str, Any]) -> bool:
+    """Whether a call is one of another module, which is looked at by itself, or of torch's functions."""
+    parts: list[str] = []
+    while isinstance(function, ast.Attribute | ast.Subscript):
+        parts += [function.attr] if isinstance(function, ast.Attribute) else []
+        function = function.value
+    if not isinstance(function, ast.Name):
+        return False
+    if function.id == "self" and parts:
+        return isinstance(getattr(module, parts[-1], None), nn.Module)
+    value = known.get(function.id, getattr(builtins, function.id, None))
+    # A local name that is called is a module of a loop.
+    if value is None or value is range:
+        return True
+    home = value if isinstance(value, ModuleType) else inspect.getmodule(value)
+    return getattr(home, "__name__", "").partition(".")[0] == "torch"
+
+
+def _only_defaults(node: ast.AST, names: frozenset[str]) -> bool:
     """Whether a branch only gives an argument that is missing a value, or says that it is."""
-    if isinstance(node, ast.IfExp) or node.orelse:
+    if isinstance(node, ast.IfExp):
+        return any(isinstance(side, ast.Name) and side.id in names for side in (node.body, node.orelse))
+    if not isinstance(node, ast.If) or node.orelse:
         return False
     for statement in node.body:
         if isinstance(statement, ast.Raise):
             continue
         targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if not targets or any(not isinstance(t, ast.Name) or t.id not in asked for t in targets):
+        if not targets or any(not isinstance(t, ast.Name) or t.id not in names for t in targets):
             return False
     return True

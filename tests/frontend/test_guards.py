@@ -62,3 +62,32 @@ def test_where_a_model_ends_nothing_is_told(name: str) -> None:
     report = sir.verify(model, sir.shear(model, plan), plan)
     assert report.sound
     assert not [note for note in report.notes if "forward asks" in note]
+
+
+class Counts(nn.Module):
+    """Scales its result by the number of rows, or by the size of images."""
+
+    def __init__(self, images: bool, one: bool) -> None:
+        super().__init__()
+        self.images, self.one = images, one
+        self.up: nn.Module = nn.Conv2d(3, 8, 3) if images else nn.Linear(6, 8)
+        self.down: nn.Module = nn.Conv2d(8, 3, 3) if images else nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        asked = x.shape[-1] > 48 if self.images else x.shape[0] == 1 if self.one else x.shape[0] > 40
+        if asked:
+            hidden = hidden.softmax(1 if self.images else -1)
+        return self.down(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("images", "one"), [(True, False), (False, True), (False, False)])
+def test_rows_and_images_of_other_sizes_are_compared(images: bool, one: bool) -> None:
+    model = randomised(Counts(images, one).eval())
+    x = torch.randn(2, 3, 20, 20) if images else torch.randn(2, 5, 6)
+    program = sir.trace(model, x)
+    plan = sir.plan(program, ratio=0.3, kinds=["conv_channel" if images else "ffn"], importance="random")
+    report = sir.verify(model, sir.shear(model, plan), plan)
+    assert not report.sound
+    assert report.judge == "numbers"
+    assert "so that forward has another way there" in str(report)

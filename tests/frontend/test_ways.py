@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,65 @@ class Longer(Mlp):
         return self.down(hidden.relu())  # type: ignore[no-any-return]
 
 
+class Swapped(nn.Module):
+    """Calls the same operators on the same shapes in both modes, in another order of what they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.down = nn.Linear(5, 13), nn.Linear(5, 13), nn.Linear(26, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        return self.down(torch.cat((two, one) if self.training else (one, two), -1))  # type: ignore[no-any-return]
+
+
+class Helped(Mlp):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.down(self._turned(self.up(x), gate).relu())  # type: ignore[no-any-return]
+
+    def _turned(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        return hidden if gate is None else hidden.roll(1, -1)
+
+
+class Matched(Mlp):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = self.up(x)
+        match gate:
+            case None:
+                return self.down(hidden.relu())  # type: ignore[no-any-return]
+            case _:
+                return self.down(hidden.roll(1, -1).relu())  # type: ignore[no-any-return]
+
+
+class Picked(Mlp):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = self.up(x)
+        return self.down([hidden, hidden.roll(1, -1)][gate is not None].relu())  # type: ignore[no-any-return]
+
+
+class Moded(Mlp):
+    def forward(self, x: Tensor, mode: str = "plain") -> Tensor:
+        hidden = self.up(x)
+        return self.down((hidden.roll(1, -1) if mode == "rolled" else hidden).relu())  # type: ignore[no-any-return]
+
+
+class Keyed(Mlp):
+    def forward(self, x: Tensor, **more: Any) -> Tensor:
+        hidden = self.up(x)
+        return self.down((hidden.roll(1, -1) if "roll" in more else hidden).relu())  # type: ignore[no-any-return]
+
+
+class Handing(nn.Module):
+    """Hands its argument on to what it holds, and to torch."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Sequential(nn.Linear(5, 11), nn.ReLU(), nn.Linear(11, 5)), inner
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return self.inner(nn.functional.linear(self.first(x), torch.eye(5), gate), gate)  # type: ignore[no-any-return]
+
+
 class Dropping(Mlp):
     """Is trained with dropout, in three spellings, which is neutral."""
 
@@ -122,6 +183,21 @@ def test_an_argument_that_was_not_given_holds_what_forward_computes() -> None:
     (group,) = [g for g in sir.groups(program) if g.size == 13]
     assert not group.prunable  # rolled
     assert "gate" not in str(group.reason)
+
+
+@pytest.mark.parametrize(("kind", "name"), [
+    (Helped, "gate"), (Matched, "gate"), (Picked, "gate"), (Moded, "mode"), (Keyed, "more"),
+])  # fmt: skip
+def test_however_forward_decides_by_an_argument(kind: type[nn.Module], name: str) -> None:
+    said = f"does something else with {name}, which was not given"
+    assert hidden(kind().eval()) == (False, f"the forward of {kind.__name__} {said}")
+    inside = Handing(kind()).eval() if name == "gate" else Deep(kind()).eval()
+    assert hidden(inside) == (False, f"the forward of inner ({kind.__name__}) {said}")
+    assert hidden(inside, 11) == (True, "")
+
+
+def test_operators_that_read_other_values_are_another_way() -> None:
+    assert hidden(Swapped().eval()) == (False, "the forward of the model (Swapped) takes another way in training mode")
 
 
 def test_a_parameter_that_nothing_read_holds_the_sizes_that_it_has() -> None:
