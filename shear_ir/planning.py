@@ -98,6 +98,11 @@ def plan(
     ``frozen``: names of groups that stay whole. ``weights``: tensors by name, those of the traced model when None.
     Raises ``PlanError`` when the ratio cannot be reached, a pattern matches nothing, or nothing would be removed.
     """
+    if not isinstance(program, Program):
+        raise TypeError(f"a plan is made for a Program, which trace(model) gives, not for a {type(program).__name__}")
+    blocks, only, skip, kinds, frozen = (
+        (names,) if isinstance(names, str) else tuple(names) for names in (blocks, only, skip, kinds, frozen)
+    )
     if budget == "latency":
         if ratio is None:
             raise PlanError("a budget of latency needs a ratio, a share of it")

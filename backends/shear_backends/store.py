@@ -30,7 +30,7 @@ from shear_backends.record_file import (
     write_record,
 )
 from shear_backends.reread import cast, identity
-from shear_ir.errors import LoadError, SaveError
+from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
 from shear_ir.frontend.base import has_adapters, plain_base
 from shear_ir.frontend.files import ADAPTER_CONFIG
@@ -78,6 +78,8 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
         raise SaveError("this model is on the meta device and has no weights to save")
     with written_whole(Path(out), force) as beside:
         if source is not None:
+            if not Path(source).is_dir():
+                raise SaveError(f"there is no folder {source} to carry files along from")
             carry(Path(source), beside)
         verdict = _write_model(dense, beside, record)
         if adapted:
@@ -120,6 +122,8 @@ def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -
     if not document.sheared:
         return load_model(str(folder), trust_remote_code=trust_remote_code).model
     record = document.record(Plan.load(folder / PLAN_FILE))
+    if model is not None and type(plain_base(model) if has_adapters(model) else model).__name__ != document.model_class:
+        raise PlanError(f"{folder} was made of a {document.model_class}, not of a {type(model).__name__}")
     if record.stock:
         small = load_model(str(folder), trust_remote_code=trust_remote_code).model
         try:

@@ -87,6 +87,8 @@ def prune(
     asked.check()
     if samples is not None and data is None:
         raise PlanError("--samples is a number of rows of --data: give --data FILE")
+    if device is not None and data is None:
+        raise PlanError("--device is where --data is read: give --data FILE")
     with console.Steps(*asked.steps()) as step:
         result = asked.run(step, trust_remote_code, dtype)
     if plan_out is not None:

@@ -37,7 +37,13 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """``model`` without what runs it on several devices or compiled: the module that owns its parameters' names."""
+    """``model`` without what runs it on several devices or compiled: the module that owns its parameters' names.
+
+    Raises ``TypeError`` for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"a model is a torch.nn.Module, not {what}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

@@ -184,3 +184,46 @@ def test_the_report_says_gap_noise_and_bound() -> None:
     with pytest.raises(sir.UnsoundError, match=r"differs from the masked original by \S+ in float64 at inputs "):
         wrong.raise_if_unsound()
     assert wrong.moved == pytest.approx(report.moved, rel=1e-6)
+
+
+def test_what_the_dense_model_is_from_itself_with_a_cache_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    from shear_backends import tried
+
+    def nearly(model: nn.Module, feed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        (logits,) = tried.run(model, feed)
+        return (logits * (1 + 1e-10),)
+
+    monkeypatch.setattr(tried, "step_by_step", nearly)
+    family, plan = planned("llama_gqa", ("ffn",))
+    small = sir.shear(family.model, plan)
+    report = sir.verify(family.model, small, plan)
+    assert report.sound
+    assert "and a step with a cache" in report.notes
+    small.get_submodule("model.layers.1.self_attn").scaling = 1.0
+    assert not sir.verify(family.model, small, plan).sound
+
+
+def test_inputs_that_the_model_does_not_take_are_told() -> None:
+    family, plan = planned("llama_gqa", ("ffn",))
+    with pytest.raises(sir.PlanError, match="LlamaForCausalLM does not run on inputs 2x5: IndexError: "):
+        sir.verify(family.model, family.model, plan, {"input_ids": torch.full((2, 5), 10_000)})
+
+
+class Holding(nn.Module):
+    """A hook of it holds on to its own parameter, which no copy can take along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.gate = nn.Linear(8, 20), nn.Linear(20, 8), nn.Parameter(torch.ones(1))
+        self.up.register_forward_hook(lambda _, args, made: made * self.gate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.down(self.up(x).relu())
+        return made
+
+
+def test_a_copy_that_reads_the_original_is_refused() -> None:
+    model = Holding().eval()
+    plan = sir.plan(sir.trace(model, torch.randn(2, 8)), ratio=0.2)
+    with pytest.raises(sir.ShearingError, match="a copy of Holding reads gate of the original, as a hook"):
+        sir.shear(model, plan)

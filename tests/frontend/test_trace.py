@@ -120,19 +120,33 @@ class Penalised(Chain):
             "penalty": hidden.softmax(-1).square().mean(),
             "hidden_states": (hidden,),
             "past_key_values": hidden,
-            "choice": hidden.argmax(-1),
+            "choice": self.down(hidden.relu()).argmax(-1),
         }
 
 
 def test_outputs_beside_logits_count_but_for_caches_and_listed_states() -> None:
     model, x = Penalised().eval(), torch.randn(2, 5)
     found = tensors_of(model(x))
-    assert [tuple(t.shape) for t in found] == [(2, 3), ()]
+    assert [tuple(t.shape) for t in found] == [(2, 3), (), (2,)]
     assert torch.equal(found[1], model(x)["penalty"])
+    assert torch.equal(found[2], model(x)["choice"])
     groups = sir.groups(sir.trace(model, x))
     (hidden,) = [g for g in groups if g.size == 13]
     assert not hidden.prunable
     assert "softmax" in hidden.reason
+
+
+class Choosing(Chain):
+    """Says beside the logits which hidden channel is the largest."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = self.up(x)
+        return {"logits": self.down(hidden.relu()), "which": hidden.argmax(-1)}
+
+
+def test_channels_that_an_output_beside_logits_numbers_stay() -> None:
+    (hidden,) = [g for g in sir.groups(sir.trace(Choosing().eval(), torch.randn(2, 5))) if g.size == 13]
+    assert hidden.reason == "named by the numbers of an output of the model"
 
 
 def test_states_of_an_encoder_are_no_output() -> None:
@@ -171,3 +185,22 @@ def test_a_forward_that_branches_on_data_is_refused_in_one_sentence(capfd: pytes
         sir.trace(Deciding(), torch.randn(2, 5))
     assert "\n" not in str(failure.value)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("given", [None, "tiny", 3, transformers.LlamaForCausalLM])
+def test_what_is_no_module_is_told_so(given: Any) -> None:
+    what = "the class LlamaForCausalLM" if isinstance(given, type) else f"a {type(given).__name__}"
+    for call in (sir.trace, sir.with_rms_norms, lambda model: sir.verify(Chain(), model, None)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=f"a model is a torch.nn.Module, not {what}"):
+            call(given)
+
+
+def test_sounds_are_made_for_what_reads_samples() -> None:
+    config = transformers.Wav2Vec2Config(
+        vocab_size=31, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        conv_dim=(12, 12), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = transformers.Wav2Vec2ForCTC(config).eval()
+    plan = sir.plan(sir.trace(model), ratio=0.1)
+    sir.verify(model, sir.shear(model, plan), plan).raise_if_unsound()
