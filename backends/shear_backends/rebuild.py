@@ -18,7 +18,7 @@ from shear_backends.reread import cast, class_of, plain, read_tensors
 from shear_backends.rms_norms import exchange, rms_norms_of
 from shear_backends.verify import evaluation, run
 from shear_ir.errors import LoadError, PlanError
-from shear_ir.frontend.files import CONFIG, read_json
+from shear_ir.frontend.files import CONFIG, read_json, refuse_kernels
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.sentences import failures
 from shear_ir.frontend.unchanged import copied
@@ -279,6 +279,7 @@ def _built(name: str, given: Mapping[str, Any] | None, folder: Path, *, whole: b
     kind = getattr(transformers, name, None)
     if given is None or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise LoadError(f"{folder} holds a {name}: give the dense model, load(path, model=...)")
+    refuse_kernels(given, folder / RECORD_FILE)
     try:
         config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(dict(given))
         with nullcontext() if whole else _parameters_on_meta():

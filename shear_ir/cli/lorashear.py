@@ -65,8 +65,10 @@ def lorashear(
     from shear_backends.folder import refuse_existing
 
     refuse_existing(out, force)
-    asked = _recipe(recipe, stock, seed=seed, device=device, bf16=bf16 or None, torch_compile=compile or None,
-                    gradient_checkpointing=gradient_checkpointing or None)  # fmt: skip
+    asked = _recipe(
+        recipe, stock, trust_remote_code, seed=seed, device=device, bf16=bf16 or None, torch_compile=compile or None,
+        gradient_checkpointing=gradient_checkpointing or None,
+    )  # fmt: skip
     from shear_ir.training.data import load_data
     from shear_ir.workflow.run import lorashear as run
 
@@ -83,12 +85,12 @@ def lorashear(
     _put(made, out, json)
 
 
-def _recipe(path: Path | None, stock: bool, **given: Any) -> Recipe:
+def _recipe(path: Path | None, stock: bool, trust: bool, **given: Any) -> Recipe:
     from dataclasses import replace
 
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
-    made = (Recipe() if path is None else load_recipe(path)).with_options(**given)
+    made = (Recipe() if path is None else load_recipe(path, trust_remote_code=trust)).with_options(**given)
     if stock and made.allocation != "uniform":
         option = "knowledge.allocate" if made.knowledge.allocate else "pruning.compete"
         raise PlanError(

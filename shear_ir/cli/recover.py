@@ -80,8 +80,8 @@ def recover(
 
     refuse_existing(out, force)
     asked = _recipe(
-        recipe, dynamic=False if uniform else None, max_rounds=rounds, token_budget=token_budget, lr=lr, seed=seed,
-        device=device, bf16=bf16 or None, gradient_checkpointing=gradient_checkpointing or None,
+        recipe, trust_remote_code, dynamic=False if uniform else None, max_rounds=rounds, token_budget=token_budget,
+        lr=lr, seed=seed, device=device, bf16=bf16 or None, gradient_checkpointing=gradient_checkpointing or None,
         torch_compile=compile or None,
     )  # fmt: skip
     from shear_ir.training.data import load_data
@@ -103,13 +103,13 @@ def recover(
         _put(made)
 
 
-def _recipe(path: Path | None, **given: Any) -> Recipe:
+def _recipe(path: Path | None, trust: bool, **given: Any) -> Recipe:
     """The recipe with what the command line says, which holds for every stage."""
     from dataclasses import replace
 
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
-    made = Recipe() if path is None else load_recipe(path)
+    made = Recipe() if path is None else load_recipe(path, trust_remote_code=trust)
     chosen = options.given(**given)
     stages = {name: {**values, **chosen} for name, values in made.stages.items()}
     return replace(made, recovery=replace(made.recovery, **chosen), stages=stages)

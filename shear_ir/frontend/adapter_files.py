@@ -16,6 +16,7 @@ from shear_ir.frontend.files import (
     ADAPTER_NOTE,
     ADAPTER_WEIGHTS,
     CONFIG,
+    HUB_ID,
     read_header,
     read_json,
     refuse_other_weights,
@@ -58,13 +59,18 @@ def read_note(folder: Path) -> AdapterNote | None:
 
 
 def base_of(folder: Path) -> str:
-    """The base of the adapter in ``folder``: the one beside it that its note names, or the one its config names."""
+    """The base of the adapter in ``folder``: the one beside it that its note names, or the one its config names.
+
+    A folder or a name on the hub, and never ``module:factory``: whoever wrote the adapter chooses no code to run.
+    """
     note = read_note(folder)
     if note is not None and note.base and (folder / note.base / CONFIG).is_file():
         return str((folder / note.base).resolve())
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise LoadError(f"{folder / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
+    if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
+        raise LoadError(f"the base model of {folder} cannot be loaded: there is no folder {base}")
     if (Path(base) / ADAPTER_CONFIG).exists():
         raise LoadError(f"the base model of {folder} is {base}, which is an adapter itself")
     return base
@@ -91,6 +97,16 @@ def _require_repeatable(folder: Path) -> None:
         )
 
 
+def _refuse_code(folder: Path) -> None:
+    """Raise ``LoadError`` for an adapter that has PEFT import a module by the name that its config gives."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("megatron_config") is not None:
+        raise LoadError(
+            f"{folder / ADAPTER_CONFIG} names code to import (megatron_core), which a file does not choose: remove "
+            "megatron_config from it"
+        )
+
+
 def _start(folder: Path) -> str:
     return str(read_json(folder / ADAPTER_CONFIG).get("init_lora_weights")).lower()
 
@@ -105,6 +121,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     folder = Path(folder)
     names = adapter_tensors(folder)
     _require_repeatable(folder)
+    _refuse_code(folder)
     note = read_note(folder)
     if note is not None and (mine := base_digest(model)) != note.base_digest:
         raise LoadError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NOTE = "shear_ir_adapter.json"
 SHEARED = "shear_ir.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Weights in any other form; none of them is read. ``training_args.bin`` and the like are no weights.
 _OTHER_WEIGHTS = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
@@ -75,6 +77,16 @@ def read_header(path: Path) -> frozenset[str]:
             return frozenset(file.keys())
     except (SafetensorError, OSError) as failure:
         raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
+
+
+def refuse_kernels(config: Any, path: Path) -> None:
+    """Raise ``LoadError`` for a config that has transformers fetch compiled code from the hub (``owner/kernel``)."""
+    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inner:
+        named = value.values() if isinstance(value, dict) else [value]
+        if "_implementation" in str(key) and any(isinstance(name, str) and "/" in name for name in named):
+            raise LoadError(f"{path}: {key} names a kernel, code that runs only if you trust it: trust_remote_code")
+        refuse_kernels(value, path)
 
 
 def refuse_other_weights(folder: Path, wanted: str) -> None:

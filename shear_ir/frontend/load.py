@@ -19,11 +19,13 @@ from shear_ir.frontend.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    HUB_ID,
     INDEX,
     WEIGHTS,
     Files,
     is_sheared,
     read_files,
+    refuse_kernels,
 )
 from shear_ir.frontend.quantised import quantised_config, quantised_module
 from shear_ir.frontend.sentences import failures, quiet, sentence
@@ -69,7 +71,7 @@ def load_model(
         raise LoadError(f"{spec} is a file: give the folder that holds the model's {CONFIG}")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec):
         return _from_factory(spec, dtype)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec):
+    if not HUB_ID.fullmatch(spec):
         raise LoadError(f"there is no folder {spec}")
     snapshot = _download(spec, trust_remote_code, weights)
     return replace(_from_folder(spec, snapshot, trust_remote_code, dtype, weights), spec=spec)
@@ -81,6 +83,8 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
     if not (folder / CONFIG).exists():
         raise LoadError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}")
     files = read_files(folder)
+    if not trust:
+        refuse_kernels(files.config, files.folder / CONFIG)
     packed = quantised_config(files.config)
     if packed and weights:
         raise LoadError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from shear_ir.errors import LoadError
+from shear_ir.frontend.files import HUB_ID
 from shear_ir.training.data_config import FORMATS, DataConfig, SourceConfig
 
 _SHUFFLE = 10_000
@@ -88,6 +89,12 @@ def _escaped(file: Path) -> str:
 
 
 def _from_hub(name: str, source: SourceConfig, seed: int) -> Iterable[dict[str, Any]]:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    # A reader of datasets by its name would look for files in the current folder, one of them for pickles.
+    hub = source.hub or ""
+    if not HUB_ID.fullmatch(hub) or hub in _PACKAGED_DATASETS_MODULES or Path(hub).exists():
+        raise LoadError(f"source {name}: {hub!r} is no name of a dataset on the hub; files are named by path")
     # Streamed where only some rows are wanted, so that not all of a large corpus is fetched.
     stream = source.rows is not None
     rows = _load(name, source.hub, name=source.config, split=source.split, streaming=stream)

@@ -15,6 +15,7 @@ from shear_ir.training.data_config import UniqueLoader
 from shear_ir.training.knowledge import RATIOS
 from shear_ir.training.pruning import Pruning
 from shear_ir.training.settings import Recovery
+from shear_passes.importance.names import imports
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ class Recipe:
         return asdict(self)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; raises ``LoadError`` with the place and the reason."""
+def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe; raises ``LoadError`` with the place and the reason.
+
+    ``trust_remote_code``: criteria may be import paths, whose code then runs.
+    """
     try:
         read = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueLoader) or {}
     except (OSError, UnicodeDecodeError) as failure:
@@ -93,6 +97,8 @@ def load_recipe(path: str | Path) -> Recipe:
     for section in read:
         if section not in sections:
             raise LoadError(f"{path} has a section {section}; a recipe has {', '.join(sorted(sections))}")
+    if not trust_remote_code:
+        _refuse_code(path, read.get("pruning"))
     parts = (
         _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
         _section(path, "recovery", Recovery, read),
@@ -103,6 +109,15 @@ def load_recipe(path: str | Path) -> Recipe:
         raise LoadError(f"{path}: {failure}") from failure
     stages = _mapping(path, "stages", read.get("stages"))
     return replace(made, stages={name: _stage(path, name, made.recovery, stages[name]) for name in stages})
+
+
+def _refuse_code(path: str | Path, pruning: Any) -> None:
+    criteria = pruning.get("criteria") if isinstance(pruning, dict) else None
+    for name in criteria if isinstance(criteria, dict) else ():
+        if isinstance(name, str) and imports(name):
+            raise LoadError(
+                f"{path}: pruning.criteria names {name}, code that runs only if you trust it: trust_remote_code"
+            )
 
 
 def _section(path: str | Path, name: str, kind: type[Any], read: Mapping[str, Any]) -> Any:
