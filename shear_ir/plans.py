@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError
+from shear_ir.reading import Unreadable, document_of, text_in
 
 Kept = Mapping[str, Mapping[int, Indices]]
 """Parameter name to dim to the sorted indices that stay, for every tensor that shrinks."""
@@ -171,11 +172,10 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan; raises ``PlanError`` with the first thing that is wrong in it."""
         try:
-            read = _Document.model_validate_json(text)
-        except ValidationError as failure:
-            first = failure.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "the text"
-            raise PlanError(f"this is not a plan: {place}: {first['msg']}") from failure
+            read = document_of(text, _Document)
+        except Unreadable as failure:
+            raise PlanError(f"this is not a plan: {failure}") from failure
+        _require_few(read)
         return cls(
             digest=read.digest,
             model=read.model,
@@ -202,8 +202,8 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan from a file; raises ``PlanError``."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as failure:
+            text = text_in(Path(path))
+        except Unreadable as failure:
             raise PlanError(f"the plan {path} cannot be read: {failure}") from failure
         return cls.from_json(text)
 
@@ -265,6 +265,14 @@ def intervals(indices: Indices) -> list[list[int]]:
     return np.stack([starts, stops], axis=1).tolist()  # type: ignore[no-any-return]
 
 
+def _require_few(read: _Document) -> None:
+    """Raise ``PlanError`` where lists of what stays would be longer than those of any model, before they are made."""
+    cuts = (cut.kept for cut in read.cuts)
+    tensors = (spans for dims in read.kept.values() for spans in dims.values())
+    if sum(stop - start for spans in (*cuts, *tensors) for start, stop in spans) > _INDICES:
+        raise PlanError(f"this is not a plan: it keeps more than {_INDICES:,} indices")
+
+
 def _indices(spans: list[tuple[int, int]], size: int | None, name: str) -> Indices:
     last = 0
     for start, stop in spans:
@@ -292,6 +300,8 @@ def _compact(text: str) -> str:
 _Count = Annotated[int, Field(ge=0)]
 # No dim of a tensor is as large as that; a file that says otherwise must not make us build such a list.
 _Index = Annotated[int, Field(ge=0, le=2**24)]
+# Nor do all dims of a model have as many together: Llama-405B has some forty millions.
+_INDICES = 2**26
 _Spans = list[tuple[_Index, _Index]]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shear_ir.errors import LoadError
+from shear_ir.reading import Unreadable, require_regular
 
 # Files that say which token has which number.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
@@ -40,8 +41,9 @@ def _inputs_in(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        require_regular(path)
         return dict(load_file(path))
-    except (OSError, SafetensorError) as failure:
+    except (OSError, SafetensorError, Unreadable) as failure:
         said = str(failure).partition("\n")[0]
         raise LoadError(f"--inputs {path} is no safetensors file with forward's arguments by name: {said}") from failure
 

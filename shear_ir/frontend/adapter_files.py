@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -23,6 +23,7 @@ from shear_ir.frontend.files import (
 )
 from shear_ir.frontend.sentences import failures, quiet
 from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, document_in
 
 # Starts of PEFT that move a part of the base's weights into the adapter, by the first letters of their names.
 _MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -53,9 +54,9 @@ def read_note(folder: Path) -> AdapterNote | None:
     if not path.exists():
         return None
     try:
-        return AdapterNote.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{path} is damaged: {str(failure).splitlines()[0]}") from failure
+        return document_in(path, AdapterNote)
+    except Unreadable as failure:
+        raise LoadError(f"{path} is damaged: {failure}") from failure
 
 
 def base_of(folder: Path) -> str:

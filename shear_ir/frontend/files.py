@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shear_ir.errors import LoadError
+from shear_ir.reading import Unreadable, inside, json_in, require_regular
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -22,6 +22,7 @@ SHEARED = "shear_ir.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Weights in any other form; none of them is read. ``training_args.bin`` and the like are no weights.
+_LARGEST = 64 * 2**20
 _OTHER_WEIGHTS = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
 
 
@@ -60,10 +61,10 @@ def is_sheared(folder: str | Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; raises ``LoadError`` when it is none."""
+    """The JSON object in ``path``; raises ``LoadError`` when it is none. Numbers of a config may be infinite."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as failure:
+        document = json_in(path, _LARGEST, infinite=path.name != ADAPTER_CONFIG)
+    except Unreadable as failure:
         raise LoadError(f"{path} is not JSON: {failure}") from failure
     if not isinstance(document, dict):
         raise LoadError(f"{path} is not a JSON object")
@@ -73,9 +74,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(path: Path) -> frozenset[str]:
     """The tensor names in a safetensors file, whose header and extent are checked and whose data is not read."""
     try:
+        require_regular(path)
         with safe_open(path, "pt") as file:
             return frozenset(file.keys())
-    except (SafetensorError, OSError) as failure:
+    except (SafetensorError, OSError, Unreadable) as failure:
         raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
 
 
@@ -112,15 +114,8 @@ def _sharded(folder: Path) -> dict[Path, frozenset[str]]:
 
 def _shard(index: Path, name: str) -> Path:
     path = index.parent / name
-    if not path.resolve().is_relative_to(_root(index.parent)) or ".." in Path(name).parts or Path(name).is_absolute():
+    if not inside(index.parent, path) or ".." in Path(name).parts or Path(name).is_absolute():
         raise LoadError(f"{index} names the shard {name}, which lies outside of the folder")
     if not path.is_file():
         raise LoadError(f"{index} names the shard {name}, which is not there")
     return path
-
-
-def _root(folder: Path) -> Path:
-    """Where the files of a folder may lie: within it, or for a snapshot in the hub's cache, within its repository."""
-    folder = folder.resolve()
-    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
-    return folder.parent.parent if in_cache else folder

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from shear_ir.errors import LoadError, PlanError, ShearError
-from shear_ir.training.data_config import UniqueLoader
+from shear_ir.training.data_config import yaml_in
 from shear_ir.training.knowledge import RATIOS
 from shear_ir.training.pruning import Pruning
 from shear_ir.training.settings import Recovery
@@ -85,12 +84,7 @@ def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
 
     ``trust_remote_code``: criteria may be import paths, whose code then runs.
     """
-    try:
-        read = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueLoader) or {}
-    except (OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"the recipe {path} cannot be read: {failure}") from failure
-    except yaml.YAMLError as failure:
-        raise LoadError(f"{path} is no YAML: {' '.join(str(failure).split())}") from failure
+    read = yaml_in(Path(path), "the recipe") or {}
     if not isinstance(read, dict):
         raise LoadError(f"{path} must be a mapping with sections such as pruning and recovery")
     sections = {f.name for f in fields(Recipe)}

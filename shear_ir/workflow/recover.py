@@ -16,6 +16,7 @@ from shear_backends.module import RECORD
 from shear_backends.store import Saved
 from shear_ir.errors import LoadError, PlanError
 from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, json_in
 from shear_ir.training.data import DataConfig, Progress, prepare
 from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
@@ -113,8 +114,8 @@ def recover_stages(
 def read_losses(path: Path) -> dict[str, float]:
     """NLL per source from a JSON file: ``{source: nll}``, or what ``shear-ir eval --json`` prints."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
+        read = json_in(path)
+    except Unreadable as failure:
         raise LoadError(f"the losses {path} cannot be read: {failure}") from failure
     found = read.get("sources", read) if isinstance(read, dict) else None
     entries = found.items() if isinstance(found, dict) else ()
