@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError
 from shear_ir.reading import Unreadable, document_of, text_in
+from shear_ir.writing import write_text
 
 Kept = Mapping[str, Mapping[int, Indices]]
 """Parameter name to dim to the sorted indices that stay, for every tensor that shrinks."""
@@ -240,19 +239,6 @@ def natural(path: str) -> tuple[tuple[bool, int, str], ...]:
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole or not at all."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
 
 
 def intervals(indices: Indices) -> list[list[int]]:

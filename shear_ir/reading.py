@@ -44,9 +44,9 @@ def text_in(path: Path, largest: int = DOCUMENT) -> str:
         return read.decode("utf-8")
 
 
-def json_in(path: Path, largest: int = DOCUMENT, *, infinite: bool = False) -> Any:
-    """The JSON document in ``path``; raises ``Unreadable``. ``infinite``: numbers may be, as in configs they are."""
-    return json_of(text_in(path, largest), infinite=infinite)
+def json_in(path: Path, largest: int = DOCUMENT, *, infinite: bool = False, loose: bool = False) -> Any:
+    """The JSON document in ``path``; raises ``Unreadable``. The options are those of ``require_sound``."""
+    return json_of(text_in(path, largest), infinite=infinite, loose=loose)
 
 
 def document_in(path: Path, kind: type[M], *, infinite: bool = False) -> M:
@@ -56,7 +56,10 @@ def document_in(path: Path, kind: type[M], *, infinite: bool = False) -> M:
 
 def document_of(text: str, kind: type[M], *, infinite: bool = False) -> M:
     """The document of this ``kind`` that ``text`` is; raises ``Unreadable`` with the first place that is wrong."""
-    read = json_of(text, infinite=infinite)
+    try:
+        read = json_of(text, infinite=infinite)
+    except Unreadable as failure:
+        raise Unreadable(f"Invalid JSON: {failure}") from failure
     try:
         return kind.model_validate(read)
     except ValidationError as failure:
@@ -71,22 +74,23 @@ def first_error(failure: ValidationError) -> str:
     return f"{place}: {reason[:1].lower()}{reason[1:]}" if place else reason
 
 
-def json_of(text: str | bytes, *, infinite: bool = False) -> Any:
-    """The JSON document that ``text`` is; raises ``Unreadable``."""
-    try:
-        with reasons():
-            document = json.loads(text)
-    except Unreadable as failure:
-        raise Unreadable(f"Invalid JSON: {failure}") from failure
-    require_sound(document, infinite=infinite)
+def json_of(text: str | bytes, *, infinite: bool = False, loose: bool = False) -> Any:
+    """The JSON document that ``text`` is; raises ``Unreadable``. The options are those of ``require_sound``."""
+    with reasons():
+        document = json.loads(text)
+    require_sound(document, infinite=infinite, loose=loose)
     return document
 
 
-def require_sound(document: Any, *, infinite: bool = False, entries: int = _ENTRIES) -> None:
+def require_sound(
+    document: Any, *, infinite: bool = False, loose: bool = False, entries: int = _ENTRIES
+) -> None:  # fmt: skip
     """Raise ``Unreadable`` for what no writer of ours makes and some reader breaks on.
 
     That is a document nested too deep or with too many entries (aliases count as often as they are met), names of
     thousands of characters, text that is no Unicode or has a NUL in it, and numbers that are none or out of range.
+    ``infinite``: numbers may be infinite, or of any size, as in configs they are. ``loose``: of rows of data, which are
+    full of anything, only how deep they are.
     """
     left: list[tuple[Any, int]] = [(document, 0)]
     while left:
@@ -97,17 +101,19 @@ def require_sound(document: Any, *, infinite: bool = False, entries: int = _ENTR
         if entries < 0:
             raise Unreadable("it has too many entries")
         if isinstance(value, dict):
-            for key in value:
+            for key in () if loose else value:
                 _require_name(key)
             left.extend((each, depth + 1) for each in value.values())
         elif isinstance(value, (list, tuple, set)):
             left.extend((each, depth + 1) for each in value)
+        elif loose:
+            continue
         elif isinstance(value, str):
             _require_text(value)
         elif isinstance(value, float):
             if math.isnan(value) or (math.isinf(value) and not infinite):
                 raise Unreadable(f"it has the number {value}")
-        elif isinstance(value, int) and not -_WORD <= value < _WORD:
+        elif isinstance(value, int) and not infinite and not -_WORD <= value < _WORD:
             raise Unreadable("it has a number that needs more than 64 bits")
 
 

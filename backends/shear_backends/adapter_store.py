@@ -18,8 +18,8 @@ from shear_ir.frontend.adapter_files import AdapterNote, load_adapter
 from shear_ir.frontend.base import base_digest
 from shear_ir.frontend.files import ADAPTER_WEIGHTS
 from shear_ir.frontend.sentences import quiet
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 ADAPTERS = "adapters"
 """The folder of a saved model that holds one folder for each adapter."""

@@ -17,8 +17,9 @@ from shear_backends.gathers import Gather
 from shear_backends.module import Record
 from shear_backends.rms_norms import RmsNorms
 from shear_ir.errors import LoadError
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
 from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 from shear_passes.rewrite.rescale_norm import NormFix
 
 RECORD_FILE = "shear_ir.json"

@@ -34,10 +34,11 @@ from shear_ir.errors import LoadError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
 from shear_ir.frontend.base import has_adapters, plain_base
 from shear_ir.frontend.files import ADAPTER_CONFIG
-from shear_ir.frontend.load import load_model, quiet
+from shear_ir.frontend.load import load_model, quiet, require_finite
 from shear_ir.frontend.sentences import sentence
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
 from shear_ir.reading import inside
+from shear_ir.writing import write_text
 
 WEIGHTS_FILE = "model.safetensors"
 # What belongs to a model beside weights and config: data files only, never code.
@@ -133,6 +134,7 @@ def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -
         if known is not None and record.skeleton is None:
             record = replace(record, skeleton=skeleton_of(known))
         small = rebuilt(folder, document, record, known)
+        require_finite(small, str(folder))
     object.__setattr__(small, RECORD, record)
     small.eval()
     return small

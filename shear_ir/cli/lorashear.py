@@ -91,6 +91,7 @@ def _recipe(path: Path | None, stock: bool, trust: bool, **given: Any) -> Recipe
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
     made = (Recipe() if path is None else load_recipe(path, trust_remote_code=trust)).with_options(**given)
+    made.require_devices()
     if stock and made.allocation != "uniform":
         option = "knowledge.allocate" if made.knowledge.allocate else "pruning.compete"
         raise PlanError(

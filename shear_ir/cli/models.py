@@ -115,11 +115,17 @@ def open_tokenizer(folder: Path, trust: bool = False) -> Any:
     """The tokenizer of a model folder; raises ``LoadError`` where there is none."""
     from transformers import AutoTokenizer
 
+    from shear_ir.frontend.files import require_documents
     from shear_ir.frontend.load import quiet
 
+    require_documents(folder)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        length = getattr(tokenizer, "model_max_length", None)
+        if length is not None and (not isinstance(length, int | float) or not length > 0):
+            raise LoadError(f"its model_max_length is {length!r}, which is no length")
+        return tokenizer
     except Exception as failure:  # whatever stock code raises, the answer is that it does not load
         if not _has_vocabulary(folder):
             raise LoadError(

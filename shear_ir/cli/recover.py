@@ -112,7 +112,9 @@ def _recipe(path: Path | None, trust: bool, **given: Any) -> Recipe:
     made = Recipe() if path is None else load_recipe(path, trust_remote_code=trust)
     chosen = options.given(**given)
     stages = {name: {**values, **chosen} for name, values in made.stages.items()}
-    return replace(made, recovery=replace(made.recovery, **chosen), stages=stages)
+    asked = replace(made, recovery=replace(made.recovery, **chosen), stages=stages)
+    asked.require_devices()
+    return asked
 
 
 def _put(made: Result) -> None:

@@ -22,8 +22,8 @@ from shear_ir.frontend.files import (
     refuse_other_weights,
 )
 from shear_ir.frontend.sentences import failures, quiet
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 # Starts of PEFT that move a part of the base's weights into the adapter, by the first letters of their names.
 _MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shear_ir.errors import LoadError
-from shear_ir.reading import Unreadable, inside, json_in, require_regular
+from shear_ir.reading import DOCUMENT, Unreadable, inside, json_in, require_regular
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,6 +23,11 @@ SHEARED = "shear_ir.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Weights in any other form; none of them is read. ``training_args.bin`` and the like are no weights.
+_DOCUMENTS = (
+    GENERATION, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "tokenizer.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", ADAPTER_CONFIG,
+)  # fmt: skip
+_SMALL = 2**20
 _LARGEST = 64 * 2**20
 _OTHER_WEIGHTS = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.safetensors")
 
@@ -43,6 +49,8 @@ class Files:
 def read_files(folder: Path) -> Files:
     """The checked files of a model folder; raises ``LoadError`` naming the first file that cannot be used."""
     config = read_json(folder / CONFIG)
+    if (folder / GENERATION).exists():
+        read_json(folder / GENERATION)
     named = config.get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
         raise LoadError(f"{folder / CONFIG} names the weights {named!r}: only {WEIGHTS} and {INDEX} are read")
@@ -52,6 +60,22 @@ def read_files(folder: Path) -> Files:
         return Files(folder, config, _sharded(folder))
     refuse_other_weights(folder, WEIGHTS)
     return Files(folder, config, {})
+
+
+def require_documents(folder: Path) -> None:
+    """Raise ``LoadError`` for a JSON file of a model or tokenizer that foreign code would stumble over."""
+    for name in _DOCUMENTS:
+        path = folder / name
+        if not path.is_symlink() and not path.exists():
+            continue
+        try:
+            # A vocabulary is large, and read by code that bounds itself.
+            if path.exists() and path.stat().st_size > _SMALL:
+                require_regular(path, DOCUMENT)
+            else:
+                json_in(path, infinite=True)
+        except (OSError, Unreadable) as failure:
+            raise LoadError(f"{path} cannot be read: {failure}") from failure
 
 
 def is_sheared(folder: str | Path) -> bool:

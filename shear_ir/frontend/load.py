@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
@@ -38,6 +39,8 @@ _AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,12 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
         )
     with quiet():
         config = _config(files, trust)
+        _require_layers(files, config)
         cls = _model_class(files, config, trust)
         if not files.shards or not weights:
             return LoadedModel(_on_meta(folder, cls, config, dtype), spec, folder, config_only=True)
         model, unused = _pretrained(folder, cls, config, trust, dtype)
+    require_finite(model, str(folder))
     return LoadedModel(model, spec, folder, unused=unused)
 
 
@@ -106,6 +111,31 @@ def _config(files: Files, trust: bool) -> Any:
         raise LoadError(f"{files.folder} brings its own code, which runs only if you trust it: trust_remote_code")
     with failures(f"{files.folder / CONFIG} cannot be used"):
         return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
+
+
+def _require_layers(files: Files, config: Any) -> None:
+    """Raise ``LoadError`` for a config of more layers than the weights can hold, before any of them is built."""
+    most = len(files.tensors) if files.shards else _MOST_LAYERS
+    left = [config]
+    while left:
+        at = left.pop()
+        for layers in (getattr(at, "num_hidden_layers", None), getattr(at, "num_layers", None)):
+            if isinstance(layers, int) and layers > most:
+                held = f"its weights are {most} tensors" if files.shards else f"no model has more than {most:,}"
+                raise LoadError(f"{files.folder / CONFIG} says {layers:,} layers, but {held}")
+        left.extend(value for value in vars(at).values() if hasattr(value, "to_dict") and hasattr(value, "model_type"))
+
+
+def require_finite(model: nn.Module, where: str) -> None:
+    """Raise ``LoadError`` naming the first parameter, of a model from ``where``, whose numbers are not all finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+            continue
+        # The sum is finite where all are; a large one may overflow, so then all are looked at.
+        if not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+            bad = int((~torch.isfinite(parameter.detach())).sum())
+            if bad:
+                raise LoadError(f"{where}: {bad:,} of the {parameter.numel():,} numbers of {name} are not finite")
 
 
 def _model_class(files: Files, config: Any, trust: bool) -> Any:
@@ -202,7 +232,9 @@ def _from_adapter(spec: str, folder: Path, trust: bool, dtype: torch.dtype | Non
         raise LoadError(f"the base model of {folder} cannot be loaded: {failure}") from failure
     if loaded.config_only:
         raise LoadError(f"the base model of {folder} is {base}, which has no weights")
-    return replace(loaded, model=load_adapter(loaded.model, folder), spec=spec, source=folder)
+    model = load_adapter(loaded.model, folder)
+    require_finite(model, str(folder))
+    return replace(loaded, model=model, spec=spec, source=folder)
 
 
 def _download(spec: str, trust: bool, weights: bool = True) -> Path:

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from shear_ir.errors import PlanError
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 STATE_FILE = "state.json"
 _SAMPLE = 64

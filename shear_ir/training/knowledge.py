@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from shear_ir.errors import PlanError
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, document_in
 from shear_ir.training.saliency import saliency
 from shear_ir.training.units import Units
+from shear_ir.writing import write_text
 from shear_passes.analysis.find_groups import Group, Groups
 
 RATIOS = (0.25, 0.5, 0.75)

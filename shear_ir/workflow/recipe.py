@@ -13,6 +13,7 @@ from shear_ir.errors import LoadError, PlanError, ShearError
 from shear_ir.training.data_config import yaml_in
 from shear_ir.training.knowledge import RATIOS
 from shear_ir.training.pruning import Pruning
+from shear_ir.training.rounds import on_cpu
 from shear_ir.training.settings import Recovery
 from shear_passes.importance.names import imports
 
@@ -73,6 +74,11 @@ class Recipe:
         """The same with options of every training stage, such as ``seed`` and ``device``; None changes nothing."""
         given = {name: value for name, value in options.items() if value is not None}
         return replace(self, pruning=replace(self.pruning, **given), recovery=replace(self.recovery, **given))
+
+    def require_devices(self) -> None:
+        """Raise ``PlanError`` for a GPU that is asked for and not there."""
+        for device in (self.pruning.device, self.recovery.device, *(self.stage(name).device for name in self.stages)):
+            on_cpu(device)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""

@@ -15,7 +15,6 @@ from shear_backends.folder import refuse_existing, tidy
 from shear_backends.module import RECORD
 from shear_backends.store import Saved
 from shear_ir.errors import LoadError, PlanError
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, json_in
 from shear_ir.training.data import DataConfig, Progress, prepare
 from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
@@ -26,6 +25,7 @@ from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
+from shear_ir.writing import write_text
 
 REPORT = "recovery.json"
 Losses = Mapping[str, Loss]

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
 from shear_ir.training.evaluate import Loss
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.saliency import measured_names
 from shear_ir.workflow.plots import plot_cuts, plot_knowledge, plot_losses
+from shear_ir.writing import write_text
 
 REPORT = "report.md"
 PACKAGES = ("shear-ir", "torch", "transformers", "peft", "accelerate", "datasets")

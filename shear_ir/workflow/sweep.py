@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shear_ir import pipeline, planning
 from shear_ir.errors import PlanError, ShearError
-from shear_ir.plans import Costs, write_text
+from shear_ir.plans import Costs
 from shear_ir.program import Program
 from shear_ir.reading import Unreadable, json_in
 from shear_ir.repairing import Repairs, named
@@ -26,6 +26,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.rows import Rows
 from shear_ir.workflow.work import alone, digest_of
+from shear_ir.writing import write_text
 from shear_passes.importance import criterion
 from shear_passes.select import ALLOCATIONS
 

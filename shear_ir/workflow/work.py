@@ -15,8 +15,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from shear_ir.errors import PlanError, SaveError
-from shear_ir.plans import write_text
 from shear_ir.reading import Unreadable, json_in
+from shear_ir.writing import write_text
 
 RUN_FILE = "run.json"
 
