@@ -1,0 +1,57 @@
+"""What a stranger's file ends in: exit code 2 and one sentence, no code run, nothing written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Shear
+from tests.cli.strangers import CASES, Case, build
+from tests.cli.test_strangers_code import HOSTILE
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every case begins with; none of it changes."""
+    return build(tmp_path_factory.mktemp("strangers") / "whole")
+
+
+@pytest.fixture
+def here(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy, as the current folder, with a module in it that tells when it is imported."""
+    here = tmp_path / "here"
+    shutil.copytree(whole, here)
+    (here / "evil.py").write_text(HOSTILE)
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    yield here
+    assert not (here / "marker").exists(), "code of a file ran"
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_a_file_of_a_stranger_is_told_in_a_sentence(here: Path, shear: Shear, case: Case) -> None:
+    case.edit(here)
+    before = listed(here.parent)
+    said = shear(*case.command).sentence
+    assert len(said) < 300
+    assert said.isprintable()
+    assert case.said in said
+    assert listed(here.parent) == before
+
+
+def listed(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.lstat().st_mtime_ns) for path in folder.rglob("*") if not path.is_dir())
+
+
+def test_what_the_cases_begin_with_is_in_order(here: Path, shear: Shear) -> None:
+    commands = {case.command for case in CASES if not case.name.startswith(("out", "rows: a t", "rows: t", "rows: c", "model: "))}
+    short = [c for c in commands if c[0] in ("groups", "prune", "eval")]
+    assert len(short) > 5
+    for command in short:
+        shutil.rmtree(here / "out", ignore_errors=True)
+        assert shear(*command).code == 0, command
