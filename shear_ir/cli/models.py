@@ -58,7 +58,7 @@ def _open_model(spec: str, trust: bool, dtype: Dtype | None, weights: bool) -> L
     folder = Path(spec).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
     base = Path(base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
-    if not (base / SHEARED).is_file():
+    if not os.path.lexists(base / SHEARED):
         return load_model(spec, trust_remote_code=trust, dtype=wanted, weights=weights)
     loaded = LoadedModel(open_sheared(folder, trust=trust), spec, folder)
     if wanted is not None:

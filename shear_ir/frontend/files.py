@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class Files:
 def read_files(folder: Path) -> Files:
     """The checked files of a model folder; raises ``LoadError`` naming the first file that cannot be used."""
     config = read_json(folder / CONFIG)
-    if (folder / GENERATION).exists():
+    if os.path.lexists(folder / GENERATION):
         read_json(folder / GENERATION)
     named = config.get("transformers_weights")
     if named not in (None, WEIGHTS, INDEX):
@@ -66,7 +68,7 @@ def require_documents(folder: Path) -> None:
     """Raise ``LoadError`` for a JSON file of a model or tokenizer that foreign code would stumble over."""
     for name in _DOCUMENTS:
         path = folder / name
-        if not path.is_symlink() and not path.exists():
+        if not os.path.lexists(path):
             continue
         try:
             # A vocabulary is large, and read by code that bounds itself.
@@ -103,6 +105,18 @@ def read_header(path: Path) -> frozenset[str]:
             return frozenset(file.keys())
     except (SafetensorError, OSError, Unreadable) as failure:
         raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
+
+
+def shapes_in(shards: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in safetensors files, whose data is not read."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in shards:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # no dict
+        except (SafetensorError, OSError) as failure:
+            raise LoadError(f"{path} is not a whole safetensors file: {failure}") from failure
+    return found
 
 
 def refuse_kernels(config: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from shear_ir.frontend.files import (
     is_sheared,
     read_files,
     refuse_kernels,
+    shapes_in,
 )
 from shear_ir.frontend.quantised import quantised_config, quantised_module
 from shear_ir.frontend.sentences import failures, quiet, sentence
@@ -41,6 +43,8 @@ _AUTO_CLASSES = (
 )
 
 _MOST_LAYERS = 4096
+_ROOM = 4
+"""Times the numbers of the weights that a model may have: shared ones are saved once."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
         cls = _model_class(files, config, trust)
         if not files.shards or not weights:
             return LoadedModel(_on_meta(folder, cls, config, dtype), spec, folder, config_only=True)
-        model, unused = _pretrained(folder, cls, config, trust, dtype)
+        model, unused = _pretrained(folder, files.shards, cls, config, trust, dtype)
     require_finite(model, str(folder))
     return LoadedModel(model, spec, folder, unused=unused)
 
@@ -186,8 +190,9 @@ def _on_meta(folder: Path, cls: Any, config: Any, dtype: torch.dtype | None) -> 
 
 
 def _pretrained(
-    folder: Path, cls: Any, config: Any, trust: bool, dtype: torch.dtype | None
+    folder: Path, shards: Iterable[Path], cls: Any, config: Any, trust: bool, dtype: torch.dtype | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
+    _require_room(folder, shards, _on_meta(folder, cls, config, None))
     with failures(f"{cls.__name__} cannot be loaded from {folder}"):
         model, report = cls.from_pretrained(
             folder,
@@ -208,6 +213,17 @@ def _pretrained(
         if not _of_absent_part(model, name):
             raise LoadError(f"{folder} holds the tensor {name}, for which {cls.__name__} has no place")
     return model, unused
+
+
+def _require_room(folder: Path, shards: Iterable[Path], hollow: nn.Module) -> None:
+    """Raise ``LoadError`` where the config makes much more than the weights hold, before there is memory for it."""
+    held = shapes_in(shards)
+    for name, tensor in hollow.state_dict().items():
+        if held.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise LoadError(f"{folder}: {name} is {list(held[name])}, but {CONFIG} makes it {list(tensor.shape)}")
+    made, found = sum(p.numel() for p in hollow.parameters()), sum(map(math.prod, held.values()))
+    if made > _ROOM * found:
+        raise LoadError(f"{folder}: {CONFIG} makes a model of {made:,} numbers, but its weights hold {found:,}")
 
 
 def _of_absent_part(model: nn.Module, name: str) -> bool:

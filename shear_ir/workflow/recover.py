@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ def recover_stages(
     state = processes(recipe.recovery.device)
     sources = prepare(data, tokenizer, progress)
     require_readable(model, sources)
+    if not callable(dense):
+        _require_losses(dense, sources)
     with alone(place):
         tidy(out)
         refuse_existing(out, force)  # once more: it may have been put back
@@ -138,8 +140,11 @@ def _settings(
     return {name: replace(each, merge=not keep_adapters or name != last) for name, each in made.items()}
 
 
-def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
-    missing = [name for name in measured if name not in dense]
+def _require_losses(dense: Mapping[str, float], sources: Iterable[str]) -> None:
+    missing = [name for name in sources if name not in dense]
     if missing:
         raise PlanError(f"the losses of the dense model lack the source {missing[0]}")
+
+
+def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
     return {name: Loss(dense[name], loss.tokens) for name, loss in measured.items()}
