@@ -40,6 +40,12 @@ def open_to_readers(folder: Path) -> None:
             os.chmod(os.path.join(at, name), 0o666 & ~mask, follow_symlinks=False)
 
 
+def placeless(word: str) -> str:
+    """A path, or an option with one, without the folders above it: what is handed on names no place of a machine."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word
+
+
 def umask() -> int:
     """The process's, which can only be read by setting it."""
     mask = os.umask(0o077)

@@ -13,6 +13,7 @@ import typer
 from shear_ir.cli import console, options
 from shear_ir.cli.models import open_language_model
 from shear_ir.errors import PlanError
+from shear_ir.writing import placeless
 
 if TYPE_CHECKING:
     from shear_ir.workflow.recipe import Recipe
@@ -101,7 +102,7 @@ def _recipe(path: Path | None, stock: bool, trust: bool, **given: Any) -> Recipe
 
 
 def _command() -> str:
-    return shlex.join(["shear-ir", *sys.argv[1:]])
+    return shlex.join(["shear-ir", *map(placeless, sys.argv[1:])])
 
 
 def _put(made: Outcome, out: Path, json: bool) -> None:

@@ -218,7 +218,7 @@ def _pretrained(
 def _require_room(folder: Path, shards: Iterable[Path], hollow: nn.Module) -> None:
     """Raise ``LoadError`` where the config makes much more than the weights hold, before there is memory for it."""
     held = shapes_in(shards)
-    for name, tensor in hollow.state_dict().items():
+    for name, tensor in sorted(hollow.state_dict().items()):
         if held.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
             raise LoadError(f"{folder}: {name} is {list(held[name])}, but {CONFIG} makes it {list(tensor.shape)}")
     made, found = sum(p.numel() for p in hollow.parameters()), sum(map(math.prod, held.values()))

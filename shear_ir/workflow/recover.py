@@ -107,7 +107,8 @@ def recover_stages(
         result = Result(Saved(out, False), losses, tuple(stages))
 
         def tell(saved: Saved, folder: Path) -> None:
-            write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
+            told = {**replace(result, saved=saved).to_json(), "out": saved.path.name}
+            write_text(folder / REPORT, json.dumps(told, indent=1))
 
         saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
         return replace(result, saved=saved)
