@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Shear
-from tests.cli.strangers import ADAPTER, CASES, DATA, EVAL, GROUPS, INPUTS, KNOWLEDGE, PLAN, SMALL, Case, build
+from tests.cli.strangers import ADAPTER, CASES, DATA, EVAL, GROUPS, INPUTS, KNOWLEDGE, PLAN, RECIPE, SMALL, Case, build
 from tests.cli.test_strangers_code import HOSTILE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +55,20 @@ def listed(folder: Path) -> list[tuple[Path, int]]:
 def test_what_the_cases_begin_with_is_in_order(here: Path, shear: Shear) -> None:
     for command in (GROUPS, SMALL, ADAPTER, EVAL, DATA, INPUTS, (*PLAN, "--dry-run"), (*KNOWLEDGE, "--dry-run")):
         assert shear(*command).code == 0, command
+
+
+@pytest.mark.parametrize("recipe", ["pruning: {device: cuda}", "stages: {tuning: {device: cuda}}"])
+def test_a_gpu_that_is_not_there_is_told_before_the_model_is_read(
+    here: Path, shear: Shear, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("shear_ir.cli.models.open_model", None)
+    (here / "recipe.yaml").write_text(recipe)
+    assert shear(*RECIPE).sentence == "device: cuda: torch sees no GPU here"
+
+
+def test_a_folder_that_is_not_there_is_told_without_torch(here: Path) -> None:
+    code = "import sys\nfrom shear_ir.cli import main\ntry: main(['groups', './no'])\nfinally: print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "False\n", "error: there is no folder ./no\n")

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "passes"), str(ROOT / "backends")]
 
 SECONDS, MEMORY = 20.0, 1.5 * 2**30
+_LONG = 600.0
 HOSTILE = "from pathlib import Path\nPath(__file__).with_name('marker').write_text('imported')\n"
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.link", "os.symlink", "shutil.move")
 
@@ -52,8 +53,10 @@ class Ended:
     err: str
 
 
-def run(command: Sequence[str], here: Path, before: Callable[[], None] = lambda: None) -> Ended:
-    """The command line in a fork of this process, in the folder ``here``."""
+def run(
+    command: Sequence[str], here: Path, before: Callable[[], None] = lambda: None, seconds: float = SECONDS
+) -> Ended:  # fmt: skip
+    """The command line in a fork of this process, in the folder ``here``, for so many ``seconds`` at most."""
     logs = {name: here.parent / name for name in ("stdout", "stderr")}
     started = time.monotonic()
     child = os.fork()
@@ -64,7 +67,7 @@ def run(command: Sequence[str], here: Path, before: Callable[[], None] = lambda:
         done, status, used = os.wait4(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - started > SECONDS * _patience(command) or _resident(child) > MEMORY:
+        if time.monotonic() - started > seconds or _resident(child) > MEMORY:
             killed = "time" if _resident(child) <= MEMORY else "memory"
             os.kill(child, signal.SIGKILL)
         time.sleep(0.02)
@@ -73,10 +76,6 @@ def run(command: Sequence[str], here: Path, before: Callable[[], None] = lambda:
     code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
     told = (path.read_text(errors="replace") for path in logs.values())
     return Ended(code, killed, time.monotonic() - started, used.ru_maxrss * 1024.0, *told)
-
-
-def _patience(command: Sequence[str]) -> int:
-    return 30 if command[0] in ("lorashear", "recover", "sweep") and "recipe.yaml" not in command else 3
 
 
 def _be(command: Sequence[str], here: Path, logs: dict[str, Path], before: Callable[[], None]) -> None:
@@ -197,7 +196,7 @@ def kills(
 def _killed(whole: Path, command: tuple[str, ...], outs: tuple[str, ...], every: int) -> tuple[int, int, int]:
     """The places at which the command was killed, after how many the rerun gave the same, and left nothing else."""
     with _copy(whole) as here:
-        ended = run(command, here, lambda: _hook(here, None))
+        ended = run(command, here, lambda: _hook(here, None), _LONG)
         if ended.code:
             raise SystemExit(f"{' '.join(command)} ends with {ended.code}: {ended.err}")
         wanted, listed = _bytes(here, outs), _listed(here)
@@ -206,15 +205,17 @@ def _killed(whole: Path, command: tuple[str, ...], outs: tuple[str, ...], every:
     numbers = range(0, count, every)
     for number in numbers:
         with _copy(whole) as here:
-            first = run(command, here, lambda n=number, at=here: _hook(at, n))  # type: ignore[misc]
-            again = run(command, here)
+            first = run(command, here, lambda n=number, at=here: _hook(at, n), _LONG)  # type: ignore[misc]
+            again = run(command, here, seconds=_LONG)
             # Whoever was killed after the last rename is told that it is done.
             done = again.code == 0 or (again.code == 2 and "exists already" in again.err)
             alike = first.killed == "SIGKILL" and done and _bytes(here, outs) == wanted
             left = sorted(set(_listed(here)) - set(listed))
             same, clean = same + alike, clean + (not left)
             if not alike or left:
-                console.print(f"{command[0]} killed at {number} ({first.killed}): {again.err.strip()} left {left[:2]}")
+                console.print(
+                    f"{command[0]} killed at {number} ({first.killed}): {again.killed} {again.err.strip()} left {left[:2]}"
+                )
     return len(numbers), same, clean
 
 
