@@ -213,9 +213,8 @@ def _killed(whole: Path, command: tuple[str, ...], outs: tuple[str, ...], every:
             left = sorted(set(_listed(here)) - set(listed))
             same, clean = same + alike, clean + (not left)
             if not alike or left:
-                console.print(
-                    f"{command[0]} killed at {number} ({first.killed}): {again.killed} {again.err.strip()} left {left[:2]}"
-                )
+                ends = f"{again.killed} {again.err.strip()}"
+                console.print(f"{command[0]} killed at {number} ({first.killed}): {ends} left {left[:2]}")
     return len(numbers), same, clean
 
 
