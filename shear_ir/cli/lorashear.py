@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shear_ir.cli import console, options
-from shear_ir.cli.models import open_language_model
+from shear_ir.cli.models import open_language_model, require_device
 from shear_ir.errors import PlanError
 from shear_ir.writing import placeless
 
@@ -66,6 +66,7 @@ def lorashear(
     from shear_backends.folder import refuse_existing
 
     refuse_existing(out, force)
+    require_device(device)
     asked = _recipe(
         recipe, stock, trust_remote_code, seed=seed, device=device, bf16=bf16 or None, torch_compile=compile or None,
         gradient_checkpointing=gradient_checkpointing or None,

@@ -75,6 +75,14 @@ def open_sheared(folder: Path, model: nn.Module | None = None, trust: bool = Fal
     return store.load(folder, model, trust_remote_code=trust)
 
 
+def require_device(device: Device | None) -> None:
+    """Raise ``LoadError`` for a GPU that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LoadError("--device cuda: torch sees no GPU here")
+
+
 def open_language_model(
     spec: str, trust: bool = False, dtype: Dtype | None = None, device: Device | None = None
 ) -> tuple[LoadedModel, Any]:
@@ -84,8 +92,7 @@ def open_language_model(
     """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise LoadError("--device cuda: torch sees no GPU here")
+    require_device(device)
     loaded = open_model(spec, trust, dtype)
     if loaded.config_only or loaded.source is None:
         raise LoadError(f"{spec} has no {'weights' if loaded.config_only else 'folder with a tokenizer'} to work with")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shear_ir.cli import console, options
-from shear_ir.cli.models import open_language_model
+from shear_ir.cli.models import open_language_model, require_device
 from shear_ir.errors import PlanError
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def recover(
     from shear_backends.folder import refuse_existing
 
     refuse_existing(out, force)
+    require_device(device)
     asked = _recipe(
         recipe, trust_remote_code, dynamic=False if uniform else None, max_rounds=rounds, token_budget=token_budget,
         lr=lr, seed=seed, device=device, bf16=bf16 or None, gradient_checkpointing=gradient_checkpointing or None,
