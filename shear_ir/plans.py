@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,10 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError
+from shear_ir.reading import Unreadable, document_of, text_in
+from shear_ir.writing import write_text
 
 Kept = Mapping[str, Mapping[int, Indices]]
 """Parameter name to dim to the sorted indices that stay, for every tensor that shrinks."""
@@ -171,11 +171,10 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan; raises ``PlanError`` with the first thing that is wrong in it."""
         try:
-            read = _Document.model_validate_json(text)
-        except ValidationError as failure:
-            first = failure.errors()[0]
-            place = ".".join(str(p) for p in first["loc"]) or "the text"
-            raise PlanError(f"this is not a plan: {place}: {first['msg']}") from failure
+            read = document_of(text, _Document)
+        except Unreadable as failure:
+            raise PlanError(f"this is not a plan: {failure}") from failure
+        _require_few(read)
         return cls(
             digest=read.digest,
             model=read.model,
@@ -202,8 +201,8 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan from a file; raises ``PlanError``."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as failure:
+            text = text_in(Path(path))
+        except Unreadable as failure:
             raise PlanError(f"the plan {path} cannot be read: {failure}") from failure
         return cls.from_json(text)
 
@@ -242,19 +241,6 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` whole or not at all."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-
-
 def intervals(indices: Indices) -> list[list[int]]:
     """Sorted indices as half-open intervals ``[[start, stop], ...]``."""
     if not len(indices):
@@ -263,6 +249,14 @@ def intervals(indices: Indices) -> list[list[int]]:
     starts = indices[np.concatenate([[0], breaks])]
     stops = indices[np.concatenate([breaks - 1, [len(indices) - 1]])] + 1
     return np.stack([starts, stops], axis=1).tolist()  # type: ignore[no-any-return]
+
+
+def _require_few(read: _Document) -> None:
+    """Raise ``PlanError`` where lists of what stays would be longer than those of any model, before they are made."""
+    cuts = (cut.kept for cut in read.cuts)
+    tensors = (spans for dims in read.kept.values() for spans in dims.values())
+    if sum(stop - start for spans in (*cuts, *tensors) for start, stop in spans) > _INDICES:
+        raise PlanError(f"this is not a plan: it keeps more than {_INDICES:,} indices")
 
 
 def _indices(spans: list[tuple[int, int]], size: int | None, name: str) -> Indices:
@@ -292,6 +286,8 @@ def _compact(text: str) -> str:
 _Count = Annotated[int, Field(ge=0)]
 # No dim of a tensor is as large as that; a file that says otherwise must not make us build such a list.
 _Index = Annotated[int, Field(ge=0, le=2**24)]
+# Nor do all dims of a model have as many together: Llama-405B has some forty millions.
+_INDICES = 2**26
 _Spans = list[tuple[_Index, _Index]]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -18,7 +18,8 @@ from shear_ir.frontend.adapter_files import AdapterNote, load_adapter
 from shear_ir.frontend.base import base_digest
 from shear_ir.frontend.files import ADAPTER_WEIGHTS
 from shear_ir.frontend.sentences import quiet
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 ADAPTERS = "adapters"
 """The folder of a saved model that holds one folder for each adapter."""
@@ -34,8 +35,8 @@ class _Index(BaseModel):
     active: list[str]
 
 
-def write_adapters(model: nn.Module, folder: Path, out: Path) -> None:
-    """Write every adapter of a PEFT model under ``folder``, which will become ``out``."""
+def write_adapters(model: nn.Module, folder: Path) -> None:
+    """Write every adapter of a PEFT model under ``folder``."""
     from peft import get_peft_model_state_dict
 
     configs: dict[str, Any] = dict(model.peft_config)  # type: ignore[arg-type]
@@ -46,19 +47,19 @@ def write_adapters(model: nn.Module, folder: Path, out: Path) -> None:
         with quiet():
             tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         note = AdapterNote(base_digest=digest, base="../..")
-        write_adapter(folder / ADAPTERS / name, tensors, config, note, out.resolve())
+        write_adapter(folder / ADAPTERS / name, tensors, config, note)
     index = _Index(names=list(configs), active=list(model.active_adapters))  # type: ignore[arg-type]
     write_text(folder / ADAPTERS / _INDEX, index.model_dump_json(indent=1) + "\n")
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], config: Any, note: AdapterNote, base: Path | str) -> None:
-    """Write one adapter: ``tensors`` under PEFT's names, its config, and the note of its base at ``base``."""
+def write_adapter(folder: Path, tensors: dict[str, Tensor], config: Any, note: AdapterNote) -> None:
+    """Write one adapter: ``tensors`` under PEFT's names, its config, and the note of its base, seen from there."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
         {n: t.detach().contiguous().clone() for n, t in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
     )
     written = copy.deepcopy(config)
-    written.base_model_name_or_path = str(base)
+    written.base_model_name_or_path = note.base
     written.inference_mode = True
     forget_start(written)
     for field, value in vars(written).items():
@@ -80,9 +81,9 @@ def with_adapters(base: nn.Module, folder: Path) -> nn.Module:
     """
     path = folder / ADAPTERS / _INDEX
     try:
-        index = _Index.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{path} is damaged: {str(failure).splitlines()[0]}") from failure
+        index = document_in(path, _Index)
+    except Unreadable as failure:
+        raise LoadError(f"{path} is damaged: {failure}") from failure
     if (
         not index.names
         or not all(_NAME.fullmatch(name) for name in index.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -13,15 +14,27 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from shear_ir.errors import SaveError, ShearError
+from shear_ir.writing import locked, open_to_readers
 
 _OURS = ("shear_ir.json", "shear_ir_adapter.json")
 """Files by which a folder is known to be of shear-ir's own writing."""
 
 _REPLACED = "replaced"
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise ``SaveError`` when ``out`` may not be written: it exists, or its parent does not."""
+    """Raise ``SaveError`` when ``out`` cannot be written: it exists, its parent does not, or takes nothing new."""
+    try:
+        _refuse(out, force)
+        # Hours may lie between this and the end.
+        os.rmdir(_hidden(out, "new"))
+    except OSError as failure:
+        raise SaveError(f"{out} cannot be written: {failure.strerror}") from failure
+
+
+def _refuse(out: Path, force: bool) -> None:
     if out.is_symlink():
         raise SaveError(f"{out} is a link: name the folder itself")
     if out.exists() and not force:
@@ -44,9 +57,9 @@ def written_whole(out: Path, force: bool = False) -> Iterator[Path]:
     except OSError as failure:
         raise SaveError(f"{out} cannot be written: {failure.strerror}") from failure
     try:
-        with _locked(beside):
+        with locked(beside):
             yield beside
-            os.chmod(beside, 0o755)
+            open_to_readers(beside)
             _put(beside, out, force)
     except ShearError:
         raise
@@ -60,9 +73,11 @@ def _put(beside: Path, out: Path, force: bool) -> None:
     if not out.exists():
         os.rename(beside, out)
         return
-    refuse_existing(out, force)
+    _refuse(out, force)
+    if _exchanged(beside, out):
+        return
     old = _hidden(out, "old")
-    with _locked(old):
+    with locked(old):
         try:
             os.rename(out, old / _REPLACED)
             os.rename(beside, out)
@@ -72,6 +87,15 @@ def _put(beside: Path, out: Path, force: bool) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def _exchanged(one: Path, other: Path) -> bool:
+    """Give two folders each other's name at one stroke; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    return not rename(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
+
+
 def tidy(out: Path) -> None:
     """Remove what killed writers of ``out`` have left beside it; a result that one was replacing is put back.
 
@@ -79,7 +103,7 @@ def tidy(out: Path) -> None:
     """
     ours = re.compile(re.escape(f".{out.name}.") + r"shear-ir-(new|old)-\w{8}")
     for left in [path for path in out.parent.iterdir() if ours.fullmatch(path.name)]:
-        with _locked(left) as held:
+        with locked(left) as held:
             if held and not left.is_symlink():
                 _put_back(left, out)
                 shutil.rmtree(left, ignore_errors=True)
@@ -93,27 +117,3 @@ def _hidden(out: Path, what: str) -> Path:
 def _put_back(old: Path, out: Path) -> None:
     if not out.exists() and "-old-" in old.name and (old / _REPLACED).is_dir():
         os.rename(old / _REPLACED, out)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder until the end of the block or of the process; False where another does, or where none can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        yield _lock(handle)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    try:
-        import fcntl  # not on Windows
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True

@@ -25,6 +25,7 @@ from shear_ir.frontend.base import base_digest, base_view, shapes_digest
 from shear_ir.frontend.files import ADAPTER_WEIGHTS
 from shear_ir.frontend.sentences import failures, quiet
 from shear_ir.plans import Plan
+from shear_ir.reading import Unreadable, require_regular
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.rewrite.rescale_norm import norm_fixes
 from shear_passes.rewrite.shear import cut_tensor
@@ -74,7 +75,7 @@ def project_adapter(
     beside_base = os.path.relpath(sheared, out) if sheared is not None else ""
     with written_whole(out, force) as folder:
         carry(adapter, folder)
-        write_adapter(folder, tensors, config, AdapterNote(base_digest=digest, base=beside_base), _named(sheared))
+        write_adapter(folder, tensors, config, AdapterNote(base_digest=digest, base=beside_base))
     return Projected(
         out,
         len(given),
@@ -129,8 +130,9 @@ def _tensors(adapter: Path, names: frozenset[str], model: nn.Module) -> dict[str
     for key in sorted(names - set(place)):
         raise LoadError(f"{path} holds the tensor {key}, for which the model has no place")
     try:
+        require_regular(path)
         tensors = load_file(path)
-    except (SafetensorError, OSError) as failure:
+    except (SafetensorError, OSError, Unreadable) as failure:
         raise LoadError(f"{path} cannot be read: {failure}") from failure
     for key, tensor in sorted(tensors.items()):
         if tensor.shape != state[place[key]].shape:
@@ -149,7 +151,3 @@ def _cut_shapes(dense: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
         for name in names & shapes.keys():
             shapes[name] = tuple(len(cut[d]) if d in cut else size for d, size in enumerate(shapes[name]))
     return shapes
-
-
-def _named(sheared: Path | None) -> str:
-    return "" if sheared is None else str(sheared.resolve())

@@ -18,13 +18,14 @@ from shear_backends.reread import cast, class_of, plain, read_tensors
 from shear_backends.rms_norms import exchange, rms_norms_of
 from shear_backends.verify import evaluation, run
 from shear_ir.errors import LoadError, PlanError
-from shear_ir.frontend.files import CONFIG, read_json
+from shear_ir.frontend.files import CONFIG, read_header, read_json, refuse_kernels
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.sentences import failures
 from shear_ir.frontend.unchanged import copied
 from shear_ir.plans import original
 
 _LARGEST = 2**24
+_MOST_DIMS = 64
 _GENERATION = "generation_config.json"
 _PRECISIONS = ("float16", "bfloat16", "float32", "float64")
 _DTYPES = {
@@ -69,11 +70,7 @@ def shards(folder: Path) -> dict[Path, frozenset[str]]:
     """The names of the tensors in each file of a folder."""
     found: dict[Path, frozenset[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                found[path] = frozenset(file.keys())
-        except (SafetensorError, OSError) as failure:
-            raise LoadError(f"{path} cannot be read: {failure}") from failure
+        found[path] = read_header(path)
     if not found:
         raise LoadError(f"{folder} holds no safetensors")
     return found
@@ -113,6 +110,8 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
     for fit in record.fits:
         _submodule(folder, dense, fit.module, record.plan.gone)
         places = set(fit.places)
+        if not 0 < fit.rank <= _MOST_DIMS:
+            raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} of {fit.rank} dims")
         if not len(places) == len(fit.places) == len(fit.old) == len(fit.new) or not places <= set(range(fit.rank)):
             raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that cannot be there")
         wider = any(not 0 < new <= old <= _LARGEST for old, new in zip(fit.old, fit.new, strict=True))
@@ -120,8 +119,10 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
             raise LoadError(f"{folder / RECORD_FILE} sets sizes in {fit.module} that no cut leaves")
     for norm in record.norms:
         _submodule(folder, dense, norm.module, record.plan.gone)
-        if not 1.0 <= norm.factor <= _LARGEST:
+        if not 1.0 <= norm.factor <= _LARGEST or not 0.0 < norm.power <= 1.0 or abs(norm.offset) > 1.0:
             raise LoadError(f"{folder / RECORD_FILE} scales {norm.module} by {norm.factor}, which no cut does")
+        if norm.eps is not None and not 0.0 <= norm.eps < 1.0:
+            raise LoadError(f"{folder / RECORD_FILE} gives {norm.module} an eps that none has")
 
 
 def _with_rms_norms(folder: Path, dense: nn.Module, record: Record) -> nn.Module:
@@ -279,6 +280,7 @@ def _built(name: str, given: Mapping[str, Any] | None, folder: Path, *, whole: b
     kind = getattr(transformers, name, None)
     if given is None or not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise LoadError(f"{folder} holds a {name}: give the dense model, load(path, model=...)")
+    refuse_kernels(given, folder / RECORD_FILE)
     try:
         config = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(dict(given))
         with nullcontext() if whole else _parameters_on_meta():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from shear_backends.attributes import Overrides
@@ -17,7 +17,9 @@ from shear_backends.gathers import Gather
 from shear_backends.module import Record
 from shear_backends.rms_norms import RmsNorms
 from shear_ir.errors import LoadError
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
+from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 from shear_passes.rewrite.rescale_norm import NormFix
 
 RECORD_FILE = "shear_ir.json"
@@ -128,13 +130,13 @@ def document_of(model: nn.Module, record: Record, exchanged: Sequence[str] = ())
 
 
 def _plain(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A config as JSON types: dtypes as their names."""
+    """A config as JSON types: dtypes as their names, and not where it was read, which is nobody else's business."""
     if config is None:
         return None
     return {
         key: _plain(value) if isinstance(value, dict) else str(value).removeprefix("torch.")
         if isinstance(value, torch.dtype) else value
-        for key, value in config.items()
+        for key, value in config.items() if key not in ("_name_or_path", "name_or_path")
     }  # fmt: skip
 
 
@@ -149,6 +151,6 @@ def require_sheared(folder: Path) -> None:
 def read_record(folder: Path) -> RecordDocument:
     """The record in ``folder``; raises ``LoadError`` when it is damaged."""
     try:
-        return RecordDocument.model_validate_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{folder / RECORD_FILE} is damaged: {str(failure).splitlines()[0]}") from failure
+        return document_in(folder / RECORD_FILE, RecordDocument, infinite=True)
+    except Unreadable as failure:
+        raise LoadError(f"{folder / RECORD_FILE} is damaged: {failure}") from failure

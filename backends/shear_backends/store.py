@@ -34,9 +34,11 @@ from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
 from shear_ir.frontend.base import has_adapters, plain_base
 from shear_ir.frontend.files import ADAPTER_CONFIG
-from shear_ir.frontend.load import load_model, quiet
+from shear_ir.frontend.load import load_model, quiet, require_finite
 from shear_ir.frontend.sentences import sentence
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
+from shear_ir.reading import inside
+from shear_ir.writing import write_text
 
 WEIGHTS_FILE = "model.safetensors"
 # What belongs to a model beside weights and config: data files only, never code.
@@ -44,6 +46,7 @@ _CARRIED = (
     "*token*.json", "*vocab*", "merges.txt", "*.model", "*.jinja", "*.tiktoken", "chat_template.json",
     "*processor_config.json", "modules.json", "*sentence*.json", "1_Pooling/config.json",
 )  # fmt: skip
+_NEVER = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".safetensors")
 _OURS = ("config.json", "generation_config.json", RECORD_FILE, PLAN_FILE)
 
 
@@ -83,7 +86,7 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
             carry(Path(source), beside)
         verdict = _write_model(dense, beside, record)
         if adapted:
-            write_adapters(model, beside, Path(out))
+            write_adapters(model, beside)
             if whole is not None:
                 whole.plan.save(beside / ADAPTERS / PLAN_FILE)
             verdict = adapted_verdict(model, dense, beside, verdict)
@@ -135,6 +138,7 @@ def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -
         if known is not None and record.skeleton is None:
             record = replace(record, skeleton=skeleton_of(known))
         small = rebuilt(folder, document, record, known)
+        require_finite(small, str(folder))
     object.__setattr__(small, RECORD, record)
     small.eval()
     return small
@@ -229,7 +233,10 @@ def carry(source: Path, folder: Path) -> None:
     for pattern in _CARRIED:
         for file in source.glob(pattern):
             name = file.relative_to(source)
-            if str(name) in _OURS or name.name.endswith(".index.json") or file.is_symlink() or not file.is_file():
+            if str(name) in _OURS or name.name.endswith(".index.json") or name.suffix in _NEVER:
+                continue
+            # A link may lead to anything of the user's: nothing from outside of the folder goes into the result.
+            if not inside(source, file) or not file.is_file():
                 continue
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)

@@ -1,6 +1,6 @@
 """The command line, one file per command. Every failure is one sentence on stderr and an exit code.
 
-0: done. 1: verify found OUT unsound, or a fault of shear-ir. 2: bad input. 130, 143: SIGINT, SIGTERM.
+0: done. 1: verify found OUT unsound, or a fault of shear-ir. 2: bad input. 129, 130, 143: SIGHUP, SIGINT, SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import NoReturn
 from shear_ir.errors import ShearError
 
 DEBUG = "--debug"
+_LONGEST = 290
+"""Characters of a sentence; what names a file or its contents may be of any length."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM; no ``except Exception`` on the way up stops it, so that every folder is cleaned up."""
+    """SIGINT, SIGTERM or SIGHUP; no ``except Exception`` on the way up stops it, so that every folder is cleaned up."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -67,9 +69,13 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def _told(failure: Exception) -> tuple[str, int]:
     """What is wrong in one sentence, and the exit code."""
-    said = " ".join(str(failure).split())
+    said = _short(str(failure))
     if isinstance(failure, ShearError):
         return said, 2
+    if isinstance(failure, OSError) and failure.strerror:
+        return _short(f"{failure.filename or 'a file'} cannot be used: {failure.strerror}"), 2
+    if isinstance(failure, MemoryError) or "can't allocate memory" in said:
+        return "there is not enough memory for this here", 2
     # Typer may bring its own click, so its errors are known by what they can do: these are about what was typed.
     mistyped = getattr(failure, "format_message", None)
     if mistyped is not None:
@@ -82,9 +88,15 @@ def _told(failure: Exception) -> tuple[str, int]:
     return f"shear-ir failed with {kind}: please report it with what {DEBUG} shows", 1
 
 
+def _short(text: str) -> str:
+    """One line that a terminal can show; of a long one, the beginning and the end."""
+    line = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 63]} ... {line[-58:]}"
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise ``Interrupted`` on SIGINT and SIGTERM, where they are not ignored."""
+    """Raise ``Interrupted`` on SIGINT, SIGTERM and SIGHUP, where they are not ignored."""
     last = -math.inf
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -96,7 +108,7 @@ def _interruptible() -> Iterator[None]:
 
     replaced = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 replaced[number] = signal.signal(number, stop)
     try:

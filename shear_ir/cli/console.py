@@ -152,11 +152,13 @@ def refuse_file(path: Path | None, *suffixes: str) -> None:
         raise SaveError(f"{path} is a folder, not a file")
     if not path.parent.is_dir():
         raise SaveError(f"the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise SaveError(f"{path} cannot be written: nothing may be put in {path.parent}")
 
 
 def write_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` whole or not at all; raises ``SaveError``."""
-    from shear_ir.plans import write_text
+    from shear_ir.writing import write_text
 
     try:
         write_text(path, text)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shear_ir.cli import console, options
-from shear_ir.cli.models import open_language_model
+from shear_ir.cli.models import open_language_model, require_device
 from shear_ir.errors import PlanError
+from shear_ir.writing import placeless
 
 if TYPE_CHECKING:
     from shear_ir.workflow.recipe import Recipe
@@ -65,8 +66,11 @@ def lorashear(
     from shear_backends.folder import refuse_existing
 
     refuse_existing(out, force)
-    asked = _recipe(recipe, stock, seed=seed, device=device, bf16=bf16 or None, torch_compile=compile or None,
-                    gradient_checkpointing=gradient_checkpointing or None)  # fmt: skip
+    require_device(device)
+    asked = _recipe(
+        recipe, stock, trust_remote_code, seed=seed, device=device, bf16=bf16 or None, torch_compile=compile or None,
+        gradient_checkpointing=gradient_checkpointing or None,
+    )  # fmt: skip
     from shear_ir.training.data import load_data
     from shear_ir.workflow.run import lorashear as run
 
@@ -83,12 +87,13 @@ def lorashear(
     _put(made, out, json)
 
 
-def _recipe(path: Path | None, stock: bool, **given: Any) -> Recipe:
+def _recipe(path: Path | None, stock: bool, trust: bool, **given: Any) -> Recipe:
     from dataclasses import replace
 
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
-    made = (Recipe() if path is None else load_recipe(path)).with_options(**given)
+    made = (Recipe() if path is None else load_recipe(path, trust_remote_code=trust)).with_options(**given)
+    made.require_devices()
     if stock and made.allocation != "uniform":
         option = "knowledge.allocate" if made.knowledge.allocate else "pruning.compete"
         raise PlanError(
@@ -98,7 +103,7 @@ def _recipe(path: Path | None, stock: bool, **given: Any) -> Recipe:
 
 
 def _command() -> str:
-    return shlex.join(["shear-ir", *sys.argv[1:]])
+    return shlex.join(["shear-ir", *map(placeless, sys.argv[1:])])
 
 
 def _put(made: Outcome, out: Path, json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shear_ir.errors import LoadError
+from shear_ir.reading import Unreadable, require_regular
 
 # Files that say which token has which number.
 _VOCABULARIES = ("tokenizer.json", "*vocab*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
@@ -40,8 +41,9 @@ def _inputs_in(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        require_regular(path)
         return dict(load_file(path))
-    except (OSError, SafetensorError) as failure:
+    except (OSError, SafetensorError, Unreadable) as failure:
         said = str(failure).partition("\n")[0]
         raise LoadError(f"--inputs {path} is no safetensors file with forward's arguments by name: {said}") from failure
 
@@ -56,7 +58,7 @@ def _open_model(spec: str, trust: bool, dtype: Dtype | None, weights: bool) -> L
     folder = Path(spec).expanduser()
     wanted = None if dtype is None else getattr(torch, dtype)
     base = Path(base_of(folder)) if (folder / ADAPTER_CONFIG).is_file() else folder
-    if not (base / SHEARED).is_file():
+    if not os.path.lexists(base / SHEARED):
         return load_model(spec, trust_remote_code=trust, dtype=wanted, weights=weights)
     loaded = LoadedModel(open_sheared(folder, trust=trust), spec, folder)
     if wanted is not None:
@@ -73,6 +75,14 @@ def open_sheared(folder: Path, model: nn.Module | None = None, trust: bool = Fal
     return store.load(folder, model, trust_remote_code=trust)
 
 
+def require_device(device: Device | None) -> None:
+    """Raise ``LoadError`` for a GPU that is not there."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise LoadError("--device cuda: torch sees no GPU here")
+
+
 def open_language_model(
     spec: str, trust: bool = False, dtype: Dtype | None = None, device: Device | None = None
 ) -> tuple[LoadedModel, Any]:
@@ -82,8 +92,7 @@ def open_language_model(
     """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise LoadError("--device cuda: torch sees no GPU here")
+    require_device(device)
     loaded = open_model(spec, trust, dtype)
     if loaded.config_only or loaded.source is None:
         raise LoadError(f"{spec} has no {'weights' if loaded.config_only else 'folder with a tokenizer'} to work with")
@@ -113,11 +122,17 @@ def open_tokenizer(folder: Path, trust: bool = False) -> Any:
     """The tokenizer of a model folder; raises ``LoadError`` where there is none."""
     from transformers import AutoTokenizer
 
+    from shear_ir.frontend.files import require_documents
     from shear_ir.frontend.load import quiet
 
+    require_documents(folder)
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        length = getattr(tokenizer, "model_max_length", None)
+        if length is not None and (not isinstance(length, int | float) or not length > 0):
+            raise LoadError(f"its model_max_length is {length!r}, which is no length")
+        return tokenizer
     except Exception as failure:  # whatever stock code raises, the answer is that it does not load
         if not _has_vocabulary(folder):
             raise LoadError(

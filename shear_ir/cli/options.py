@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from shear_ir.errors import PlanError
+from shear_ir.errors import LoadError, PlanError
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # Spelled here too, so that --help loads no torch; a test compares them.
@@ -16,16 +17,29 @@ Budget = Literal["parameters", "bytes", "flops", "kv_bytes", "latency"]
 Repair = Literal["least-squares", "flap-bias"]
 Rotation = Literal["residual", "heads"]
 
+
+def _there(spec: Any) -> Any:
+    """Refuse what can be no folder, no name on the hub and no function, before anything large is imported for it."""
+    given = str(spec)
+    if not Path(given).expanduser().exists() and not re.fullmatch(r"[A-Za-z0-9_][\w./:-]*", given):
+        raise LoadError(f"there is no folder {given}")
+    return spec
+
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
         show_default=False,
+        callback=_there,
         help="A folder, a folder with only config.json, a name on the Hugging Face Hub, or package.module:factory.",
     ),
 ]
 OutArgument = Annotated[
-    Path, typer.Argument(metavar="OUT", show_default=False, help="A folder that prune or shear_ir.save wrote.")
+    Path,
+    typer.Argument(
+        metavar="OUT", show_default=False, callback=_there, help="A folder that prune or shear_ir.save wrote."
+    ),
 ]
 
 TrustOption = Annotated[

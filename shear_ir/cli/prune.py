@@ -91,8 +91,6 @@ def prune(
         raise PlanError("--device is where --data is read: give --data FILE")
     with console.Steps(*asked.steps()) as step:
         result = asked.run(step, trust_remote_code, dtype)
-    if plan_out is not None:
-        console.write_file(plan_out, result.plan.to_json())
     for sentence in result.warnings:
         console.warn(sentence)
     if json:
@@ -174,6 +172,7 @@ class _Asked:
             plan = replace(plan, options={**plan.options, **self.change.told})
         result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds, costs)
         if self.dry_run or self.out is None:
+            self._write_plan(plan)
             return result
         if self.change.repairs:
             with step("repairing"):
@@ -186,8 +185,14 @@ class _Asked:
                 result.verified = pipeline.verify(loaded.model, small, plan)
             result.verified.raise_if_unsound()
         with step("saving"):
+            # First, for OUT is what says that all is done: a run that is killed in between can be run again.
+            self._write_plan(plan)
             result.saved = pipeline.save(small, self.out, source=loaded.source, force=self.force)
         return result
+
+    def _write_plan(self, plan: Plan) -> None:
+        if self.plan_out is not None:
+            console.write_file(self.plan_out, plan.to_json())
 
     def _plan(self, loaded: LoadedModel, program: Program, step: console.Steps, trust: bool) -> Plan:
         """A new plan; without weights the first units stay."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shear_ir.cli import console, options
-from shear_ir.cli.models import open_language_model
+from shear_ir.cli.models import open_language_model, require_device
 from shear_ir.errors import PlanError
 
 if TYPE_CHECKING:
@@ -79,9 +79,10 @@ def recover(
     from shear_backends.folder import refuse_existing
 
     refuse_existing(out, force)
+    require_device(device)
     asked = _recipe(
-        recipe, dynamic=False if uniform else None, max_rounds=rounds, token_budget=token_budget, lr=lr, seed=seed,
-        device=device, bf16=bf16 or None, gradient_checkpointing=gradient_checkpointing or None,
+        recipe, trust_remote_code, dynamic=False if uniform else None, max_rounds=rounds, token_budget=token_budget,
+        lr=lr, seed=seed, device=device, bf16=bf16 or None, gradient_checkpointing=gradient_checkpointing or None,
         torch_compile=compile or None,
     )  # fmt: skip
     from shear_ir.training.data import load_data
@@ -103,16 +104,18 @@ def recover(
         _put(made)
 
 
-def _recipe(path: Path | None, **given: Any) -> Recipe:
+def _recipe(path: Path | None, trust: bool, **given: Any) -> Recipe:
     """The recipe with what the command line says, which holds for every stage."""
     from dataclasses import replace
 
     from shear_ir.workflow.recipe import Recipe, load_recipe
 
-    made = Recipe() if path is None else load_recipe(path)
+    made = Recipe() if path is None else load_recipe(path, trust_remote_code=trust)
     chosen = options.given(**given)
     stages = {name: {**values, **chosen} for name, values in made.stages.items()}
-    return replace(made, recovery=replace(made.recovery, **chosen), stages=stages)
+    asked = replace(made, recovery=replace(made.recovery, **chosen), stages=stages)
+    asked.require_devices()
+    return asked
 
 
 def _put(made: Result) -> None:

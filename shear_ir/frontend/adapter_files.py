@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -16,12 +16,14 @@ from shear_ir.frontend.files import (
     ADAPTER_NOTE,
     ADAPTER_WEIGHTS,
     CONFIG,
+    HUB_ID,
     read_header,
     read_json,
     refuse_other_weights,
 )
 from shear_ir.frontend.sentences import failures, quiet
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 # Starts of PEFT that move a part of the base's weights into the adapter, by the first letters of their names.
 _MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
@@ -52,19 +54,24 @@ def read_note(folder: Path) -> AdapterNote | None:
     if not path.exists():
         return None
     try:
-        return AdapterNote.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{path} is damaged: {str(failure).splitlines()[0]}") from failure
+        return document_in(path, AdapterNote)
+    except Unreadable as failure:
+        raise LoadError(f"{path} is damaged: {failure}") from failure
 
 
 def base_of(folder: Path) -> str:
-    """The base of the adapter in ``folder``: the one beside it that its note names, or the one its config names."""
+    """The base of the adapter in ``folder``: the one beside it that its note names, or the one its config names.
+
+    A folder or a name on the hub, and never ``module:factory``: whoever wrote the adapter chooses no code to run.
+    """
     note = read_note(folder)
     if note is not None and note.base and (folder / note.base / CONFIG).is_file():
         return str((folder / note.base).resolve())
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise LoadError(f"{folder / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
+    if not Path(base).is_dir() and not HUB_ID.fullmatch(base):
+        raise LoadError(f"the base model of {folder} cannot be loaded: there is no folder {base}")
     if (Path(base) / ADAPTER_CONFIG).exists():
         raise LoadError(f"the base model of {folder} is {base}, which is an adapter itself")
     return base
@@ -91,6 +98,16 @@ def _require_repeatable(folder: Path) -> None:
         )
 
 
+def _refuse_code(folder: Path) -> None:
+    """Raise ``LoadError`` for an adapter that has PEFT import a module by the name that its config gives."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("megatron_config") is not None:
+        raise LoadError(
+            f"{folder / ADAPTER_CONFIG} names code to import (megatron_core), which a file does not choose: remove "
+            "megatron_config from it"
+        )
+
+
 def _start(folder: Path) -> str:
     return str(read_json(folder / ADAPTER_CONFIG).get("init_lora_weights")).lower()
 
@@ -105,6 +122,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     folder = Path(folder)
     names = adapter_tensors(folder)
     _require_repeatable(folder)
+    _refuse_code(folder)
     note = read_note(folder)
     if note is not None and (mine := base_digest(model)) != note.base_digest:
         raise LoadError(

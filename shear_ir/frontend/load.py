@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from shear_ir.frontend.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG,
+    HUB_ID,
     INDEX,
     WEIGHTS,
     Files,
     is_sheared,
     read_files,
+    refuse_kernels,
+    shapes_in,
 )
 from shear_ir.frontend.quantised import quantised_config, quantised_module
 from shear_ir.frontend.sentences import failures, quiet, sentence
@@ -36,6 +41,10 @@ _AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+
+_MOST_LAYERS = 4096
+_ROOM = 4
+"""Times the numbers of the weights that a model may have: shared ones are saved once."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def load_model(
         raise LoadError(f"{spec} is a file: give the folder that holds the model's {CONFIG}")
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", spec):
         return _from_factory(spec, dtype)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec):
+    if not HUB_ID.fullmatch(spec):
         raise LoadError(f"there is no folder {spec}")
     snapshot = _download(spec, trust_remote_code, weights)
     return replace(_from_folder(spec, snapshot, trust_remote_code, dtype, weights), spec=spec)
@@ -81,6 +90,8 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
     if not (folder / CONFIG).exists():
         raise LoadError(f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG}")
     files = read_files(folder)
+    if not trust:
+        refuse_kernels(files.config, files.folder / CONFIG)
     packed = quantised_config(files.config)
     if packed and weights:
         raise LoadError(
@@ -88,10 +99,12 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
         )
     with quiet():
         config = _config(files, trust)
+        _require_layers(files, config)
         cls = _model_class(files, config, trust)
         if not files.shards or not weights:
             return LoadedModel(_on_meta(folder, cls, config, dtype), spec, folder, config_only=True)
-        model, unused = _pretrained(folder, cls, config, trust, dtype)
+        model, unused = _pretrained(folder, files.shards, cls, config, trust, dtype)
+    require_finite(model, str(folder))
     return LoadedModel(model, spec, folder, unused=unused)
 
 
@@ -102,6 +115,31 @@ def _config(files: Files, trust: bool) -> Any:
         raise LoadError(f"{files.folder} brings its own code, which runs only if you trust it: trust_remote_code")
     with failures(f"{files.folder / CONFIG} cannot be used"):
         return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
+
+
+def _require_layers(files: Files, config: Any) -> None:
+    """Raise ``LoadError`` for a config of more layers than the weights can hold, before any of them is built."""
+    most = len(files.tensors) if files.shards else _MOST_LAYERS
+    left = [config]
+    while left:
+        at = left.pop()
+        for layers in (getattr(at, "num_hidden_layers", None), getattr(at, "num_layers", None)):
+            if isinstance(layers, int) and layers > most:
+                held = f"its weights are {most} tensors" if files.shards else f"no model has more than {most:,}"
+                raise LoadError(f"{files.folder / CONFIG} says {layers:,} layers, but {held}")
+        left.extend(value for value in vars(at).values() if hasattr(value, "to_dict") and hasattr(value, "model_type"))
+
+
+def require_finite(model: nn.Module, where: str) -> None:
+    """Raise ``LoadError`` naming the first parameter, of a model from ``where``, whose numbers are not all finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+            continue
+        # The sum is finite where all are; a large one may overflow, so then all are looked at.
+        if not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
+            bad = int((~torch.isfinite(parameter.detach())).sum())
+            if bad:
+                raise LoadError(f"{where}: {bad:,} of the {parameter.numel():,} numbers of {name} are not finite")
 
 
 def _model_class(files: Files, config: Any, trust: bool) -> Any:
@@ -152,8 +190,9 @@ def _on_meta(folder: Path, cls: Any, config: Any, dtype: torch.dtype | None) -> 
 
 
 def _pretrained(
-    folder: Path, cls: Any, config: Any, trust: bool, dtype: torch.dtype | None
+    folder: Path, shards: Iterable[Path], cls: Any, config: Any, trust: bool, dtype: torch.dtype | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
+    _require_room(folder, shards, _on_meta(folder, cls, config, None))
     with failures(f"{cls.__name__} cannot be loaded from {folder}"):
         model, report = cls.from_pretrained(
             folder,
@@ -174,6 +213,17 @@ def _pretrained(
         if not _of_absent_part(model, name):
             raise LoadError(f"{folder} holds the tensor {name}, for which {cls.__name__} has no place")
     return model, unused
+
+
+def _require_room(folder: Path, shards: Iterable[Path], hollow: nn.Module) -> None:
+    """Raise ``LoadError`` where the config makes much more than the weights hold, before there is memory for it."""
+    held = shapes_in(shards)
+    for name, tensor in sorted(hollow.state_dict().items()):
+        if held.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise LoadError(f"{folder}: {name} is {list(held[name])}, but {CONFIG} makes it {list(tensor.shape)}")
+    made, found = sum(p.numel() for p in hollow.parameters()), sum(map(math.prod, held.values()))
+    if made > _ROOM * found:
+        raise LoadError(f"{folder}: {CONFIG} makes a model of {made:,} numbers, but its weights hold {found:,}")
 
 
 def _of_absent_part(model: nn.Module, name: str) -> bool:
@@ -198,7 +248,9 @@ def _from_adapter(spec: str, folder: Path, trust: bool, dtype: torch.dtype | Non
         raise LoadError(f"the base model of {folder} cannot be loaded: {failure}") from failure
     if loaded.config_only:
         raise LoadError(f"the base model of {folder} is {base}, which has no weights")
-    return replace(loaded, model=load_adapter(loaded.model, folder), spec=spec, source=folder)
+    model = load_adapter(loaded.model, folder)
+    require_finite(model, str(folder))
+    return replace(loaded, model=model, spec=spec, source=folder)
 
 
 def _download(spec: str, trust: bool, weights: bool = True) -> Path:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from shear_ir.errors import PlanError
+from shear_ir.reading import Unreadable, require_regular
 from shear_ir.training.lhspg import LHSPG
 
 BASE_FILE = "lhspg_base.safetensors"
@@ -62,9 +64,16 @@ class LHSPGCallback(TrainerCallback):
             raise PlanError(f"{folder} holds no {BASE_FILE}: it was not written with this callback, so it cannot go on")
         if self.lhspg.step_count != step:
             raise PlanError(f"{folder} holds the optimizer of step {self.lhspg.step_count}, not of {step}")
-        tensors = load_file(folder / BASE_FILE)
+        try:
+            require_regular(folder / BASE_FILE)
+            tensors = load_file(folder / BASE_FILE)
+        except (OSError, SafetensorError, Unreadable) as failure:
+            raise PlanError(f"{folder / BASE_FILE} cannot be read: {failure}") from failure
+        into = self.lhspg.base_tensors()
+        if any(name not in tensors or tensors[name].shape != tensor.shape for name, tensor in into.items()):
+            raise PlanError(f"{folder / BASE_FILE} holds tensors of another model")
         with torch.no_grad():
-            for name, tensor in self.lhspg.base_tensors().items():
+            for name, tensor in into.items():
                 tensor.copy_(tensors[name])
 
 

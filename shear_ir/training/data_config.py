@@ -10,14 +10,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shear_ir.errors import LoadError
+from shear_ir.reading import Unreadable, first_error, require_sound, text_in
 
 FORMATS = {
     ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
 }  # fmt: skip
 """File extension to the builder of ``datasets`` that reads it."""
 
+_LARGEST = 2**18
+"""Bytes and entries of a YAML file, which people write, at most."""
+
 Kind = Literal["text", "instruction", "chat"]
-Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+# Files are named by it.
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", max_length=60)]
+Files = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
@@ -34,7 +40,7 @@ class SourceConfig(_Strict):
     ``rows``: at most so many rows to train on.
     """
 
-    path: str | list[str] | None = None
+    path: Annotated[str, Field(min_length=1)] | Files | None = None
     hub: str | None = None
     config: str | None = None
     split: str = "train"
@@ -43,7 +49,7 @@ class SourceConfig(_Strict):
     input: str | None = None
     response: str | None = None
     messages: str | None = None
-    validation: str | list[str] | None = None
+    validation: Annotated[str, Field(min_length=1)] | Files | None = None
     validation_rows: _Count | None = None
     rows: _Count | None = None
 
@@ -121,12 +127,7 @@ def load_data(path: str | Path, *, whole: bool = False) -> DataConfig:
     if file.suffix.lower() not in (".yaml", ".yml"):
         known = ", ".join([".yaml", *FORMATS])
         raise LoadError(f"{path} cannot be used as data: its name ends in none of {known}")
-    try:
-        read = yaml.load(file.read_text(encoding="utf-8"), Loader=UniqueLoader)
-    except OSError as failure:
-        raise LoadError(f"the data file {path} cannot be read: {failure.strerror}") from failure
-    except (yaml.YAMLError, UnicodeDecodeError) as failure:
-        raise LoadError(f"{path} is no YAML: {' '.join(str(failure).split())}") from failure
+    read = yaml_in(file, "the data file")
     if not isinstance(read, dict):
         raise LoadError(f"{path} must be a mapping with the key sources")
     if "folder" in read:
@@ -137,7 +138,7 @@ def load_data(path: str | Path, *, whole: bool = False) -> DataConfig:
 def _single(file: Path, whole: bool) -> DataConfig:
     if not file.is_file():
         raise LoadError(f"there is no data file {file}")
-    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in file.stem) or "data"
+    name = "".join(c if c.isalnum() or c in "_.-" else "_" for c in file.stem).lstrip(".")[:60] or "data"
     # A file is no pattern, whatever its name.
     source = {"path": _escaped(file.name)}
     if whole:
@@ -156,10 +157,23 @@ def _validated(document: dict[str, Any], file: Path) -> DataConfig:
     try:
         return DataConfig.model_validate(document)
     except ValidationError as failure:
-        first = failure.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-        reason = first["msg"].removeprefix("Value error, ")
-        raise LoadError(f"{file}: {f'{place}: ' if place else ''}{reason[:1].lower()}{reason[1:]}") from failure
+        raise LoadError(f"{file}: {first_error(failure)}") from failure
+
+
+def yaml_in(path: Path, what: str) -> Any:
+    """The document in a YAML file; raises ``LoadError`` that says ``what`` the file was to be."""
+    try:
+        text = text_in(path, _LARGEST)
+    except Unreadable as failure:
+        raise LoadError(f"{what} {path} cannot be read: {failure}") from failure
+    try:
+        read = yaml.load(text, Loader=UniqueLoader)
+        require_sound(read, entries=_LARGEST)
+    except RecursionError as failure:
+        raise LoadError(f"{path} is no YAML: it is nested too deep") from failure
+    except Exception as failure:  # its constructors raise whatever Python's own do for a date or a number that is none
+        raise LoadError(f"{path} is no YAML: {' '.join(str(failure).split())}") from failure
+    return read
 
 
 class UniqueLoader(yaml.SafeLoader):

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from shear_ir.errors import LoadError
+from shear_ir.frontend.files import HUB_ID
+from shear_ir.reading import Unreadable, json_in, json_of, reasons, require_regular
 from shear_ir.training.data_config import FORMATS, DataConfig, SourceConfig
+
+_PEEK, _LINE = 2**12, 2**26
+"""Bytes of a file of rows that are looked at to see how it begins, and that a row has at most."""
+
+_PIECE = 2**18
+"""Characters of a text that are turned into tokens at once, which takes some two hundred bytes for each."""
 
 _SHUFFLE = 10_000
 """Documents of a streamed dataset that are shuffled together."""
@@ -64,11 +72,55 @@ def _from_files(name: str, patterns: str | list[str], folder: Path) -> Any:
         raise LoadError(f"source {name}: files of one source have one format, not {' and '.join(sorted(kinds))}")
     if not any(file.stat().st_size for file in files):
         raise LoadError(f"source {name}: {files[0]} is empty")
+    for file in files:
+        try:
+            require_rows(file)
+        except Unreadable as failure:
+            raise LoadError(f"source {name} cannot be read: {file}: {failure}") from failure
     kind = kinds.pop()
     # A blank line separates the documents of a text file.
     options = {"sample_by": "paragraph"} if kind == "text" else {}
     # Escaped, for datasets would read a name with a star or a bracket as a pattern.
     return _load(name, kind, data_files=[_escaped(file) for file in files], split="train", **options)
+
+
+def require_rows(file: Path) -> None:
+    """Raise ``Unreadable`` for a file whose rows pyarrow breaks on: it ends the process where one is no object."""
+    require_regular(file)
+    if file.suffix.lower() not in (".json", ".jsonl"):
+        return
+    with reasons(), file.open("rb") as lines:
+        begun = lines.read(_PEEK).lstrip()[:1]
+        lines.seek(0)
+        if begun == b"[" or (file.suffix.lower() == ".json" and _is_one(file)):
+            found = json_of(lines.read(), loose=True)
+            for number, row in enumerate(found if isinstance(found, list) else [found]):
+                if not isinstance(row, dict):
+                    raise Unreadable(f"row {number + 1} is no object")
+            return
+        number = 0
+        while line := lines.readline(_LINE + 1):
+            number += 1
+            if len(line) > _LINE:
+                raise Unreadable(f"line {number} has more than {_LINE:,} bytes")
+            if line.strip() and not isinstance(_row(line, number), dict):
+                raise Unreadable(f"line {number} is no object")
+
+
+def _is_one(file: Path) -> bool:
+    """Whether a file is one document, not one on each line."""
+    try:
+        json_in(file, loose=True)
+    except Unreadable:
+        return False
+    return True
+
+
+def _row(line: bytes, number: int) -> Any:
+    try:
+        return json_of(line, loose=True)
+    except Unreadable as failure:
+        raise Unreadable(f"line {number}: {failure}") from failure
 
 
 def _matches(name: str, pattern: str, folder: Path) -> list[Path]:
@@ -88,6 +140,12 @@ def _escaped(file: Path) -> str:
 
 
 def _from_hub(name: str, source: SourceConfig, seed: int) -> Iterable[dict[str, Any]]:
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    # A reader of datasets by its name would look for files in the current folder, one of them for pickles.
+    hub = source.hub or ""
+    if not HUB_ID.fullmatch(hub) or hub in _PACKAGED_DATASETS_MODULES or Path(hub).exists():
+        raise LoadError(f"source {name}: {hub!r} is no name of a dataset on the hub; files are named by path")
     # Streamed where only some rows are wanted, so that not all of a large corpus is fetched.
     stream = source.rows is not None
     rows = _load(name, source.hub, name=source.config, split=source.split, streaming=stream)
@@ -101,7 +159,7 @@ def _load(source: str, /, *args: Any, **kwargs: Any) -> Any:
     shown = datasets.is_progress_bar_enabled()
     verbosity = logging.get_verbosity()
     datasets.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         return datasets.load_dataset(*args, **kwargs)
     except Exception as failure:  # its builders raise whatever their parsers do
@@ -127,7 +185,17 @@ def _documents(name: str, source: SourceConfig, rows: Iterable[dict[str, Any]]) 
             raise LoadError(f"source {name} has no field '{missing[0]}', only {', '.join(row)}")
         document = _document(source, row)
         if document is not None:
-            yield document
+            yield from _pieces(document)
+
+
+def _pieces(document: Document) -> Iterator[Document]:
+    """A text without end, in parts that end with a word."""
+    text = document.text
+    while len(text) > _PIECE:
+        cut = text.rfind(" ", _PIECE // 2, _PIECE) + 1 or _PIECE
+        yield Document(text=text[:cut])
+        text = text[cut:]
+    yield Document(text=text, turns=document.turns)
 
 
 def _fields(source: SourceConfig) -> list[str]:

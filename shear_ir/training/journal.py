@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from shear_ir.errors import PlanError
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, document_in
+from shear_ir.writing import write_text
 
 STATE_FILE = "state.json"
 _SAMPLE = 64
@@ -68,9 +69,9 @@ class Journal:
         if not path.is_file():
             return cls(digests)
         try:
-            read = _Document.model_validate_json(path.read_text(encoding="utf-8"))
-        except (ValidationError, OSError, UnicodeDecodeError) as failure:
-            raise PlanError(f"{path} is no state of a recovery: {str(failure).splitlines()[0]}") from failure
+            read = document_in(path, _Document, infinite=True)
+        except Unreadable as failure:
+            raise PlanError(f"{path} is no state of a recovery: {failure}") from failure
         for name, digest in digests.items():
             if read.digests.get(name) != digest:
                 raise PlanError(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from shear_ir.errors import PlanError
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, document_in
 from shear_ir.training.saliency import saliency
 from shear_ir.training.units import Units
+from shear_ir.writing import write_text
 from shear_passes.analysis.find_groups import Group, Groups
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -97,12 +98,9 @@ class Knowledge:
     def load(cls, path: str | Path) -> Knowledge:
         """Read what ``save`` wrote; raises ``PlanError``."""
         try:
-            read = _Document.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as failure:
-            raise PlanError(f"the knowledge file {path} cannot be read: {failure}") from failure
-        except ValidationError as failure:
-            place = ".".join(map(str, failure.errors()[0]["loc"])) or "the text"
-            raise PlanError(f"{path} is no knowledge file: {place}: {failure.errors()[0]['msg']}") from failure
+            read = document_in(Path(path), _Document)
+        except Unreadable as failure:
+            raise PlanError(f"{path} is no knowledge file: {failure}") from failure
         entries = tuple(
             Sensitivity(
                 e.group, e.kind, e.module, e.size, tuple(math.inf if d is None else d for d in e.deviations), e.frozen
@@ -201,6 +199,9 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class _Entry(_Strict):
     group: str
     kind: str
@@ -214,6 +215,17 @@ class _Document(_Strict):
     format: Literal["shear-ir knowledge 1"]
     digest: str
     loss: float
-    ratios: list[float]
-    share: float
+    ratios: Annotated[list[_Share], Field(min_length=1)]
+    share: Annotated[float, Field(ge=0, le=1)]
     groups: list[_Entry]
+
+    @model_validator(mode="after")
+    def _a_deviation_for_each_ratio(self) -> _Document:
+        for entry in self.groups:
+            if len(entry.deviations) != len(self.ratios):
+                raise ValueError(f"{entry.group} has {len(entry.deviations)} deviations at {len(self.ratios)} ratios")
+        if len(set(self.ratios)) < len(self.ratios):
+            raise ValueError("a ratio occurs twice")
+        if len({entry.group for entry in self.groups}) < len(self.groups):
+            raise ValueError("a group occurs twice")
+        return self

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shear_ir.errors import PlanError
 from shear_ir.frontend.adapters import find_adapters
+from shear_ir.reading import Unreadable, require_regular
 
 _NAME = "default"
 
@@ -77,8 +78,9 @@ def save_adapter(model: nn.Module, path: Path) -> None:
 def load_adapter(model: nn.Module, path: Path) -> None:
     """Read what ``save_adapter`` wrote; raises ``PlanError`` where it does not fit."""
     try:
+        require_regular(path)
         tensors: Mapping[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as failure:
+    except (OSError, SafetensorError, Unreadable) as failure:
         raise PlanError(f"{path} cannot be read: {failure}") from failure
     into = adapter_tensors(model)
     if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in into.items()}:

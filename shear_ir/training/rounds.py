@@ -98,7 +98,12 @@ def arguments(settings: Recovery, folder: Path, rows: int = 1) -> TrainingArgume
 
 
 def on_cpu(device: str | None) -> bool:
-    """Whether a run on ``device``, a GPU where there is one when None, is on the CPU."""
+    """Whether a run on ``device``, a GPU where there is one when None, is on the CPU.
+
+    Raises ``PlanError`` for a GPU that is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PlanError("device: cuda: torch sees no GPU here")
     return device == "cpu" or not torch.cuda.is_available()
 
 
@@ -175,6 +180,10 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.progress is not None:
             self.progress(state.global_step, state.max_steps)
+        # The loss is logged every few steps, and a short run may be over before.
+        trained = (p for p in kwargs["model"].parameters() if p.requires_grad)
+        if not all(bool(torch.isfinite(p).all()) for p in trained):
+            self.diverged = control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not math.isfinite((kwargs.get("logs") or {}).get("loss", 0.0)):

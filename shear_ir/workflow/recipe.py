@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from shear_ir.errors import LoadError, PlanError, ShearError
-from shear_ir.training.data_config import UniqueLoader
+from shear_ir.training.data_config import yaml_in
 from shear_ir.training.knowledge import RATIOS
 from shear_ir.training.pruning import Pruning
+from shear_ir.training.rounds import on_cpu
 from shear_ir.training.settings import Recovery
+from shear_passes.importance.names import imports
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,30 @@ class Recipe:
         given = {name: value for name, value in options.items() if value is not None}
         return replace(self, pruning=replace(self.pruning, **given), recovery=replace(self.recovery, **given))
 
+    def require_devices(self) -> None:
+        """Raise ``PlanError`` for a GPU that is asked for and not there."""
+        for device in (self.pruning.device, self.recovery.device, *(self.stage(name).device for name in self.stages)):
+            on_cpu(device)
+
     def to_json(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe; raises ``LoadError`` with the place and the reason."""
-    try:
-        read = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueLoader) or {}
-    except (OSError, UnicodeDecodeError) as failure:
-        raise LoadError(f"the recipe {path} cannot be read: {failure}") from failure
-    except yaml.YAMLError as failure:
-        raise LoadError(f"{path} is no YAML: {' '.join(str(failure).split())}") from failure
+def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
+    """Read a recipe; raises ``LoadError`` with the place and the reason.
+
+    ``trust_remote_code``: criteria may be import paths, whose code then runs.
+    """
+    read = yaml_in(Path(path), "the recipe") or {}
     if not isinstance(read, dict):
         raise LoadError(f"{path} must be a mapping with sections such as pruning and recovery")
     sections = {f.name for f in fields(Recipe)}
     for section in read:
         if section not in sections:
             raise LoadError(f"{path} has a section {section}; a recipe has {', '.join(sorted(sections))}")
+    if not trust_remote_code:
+        _refuse_code(path, read.get("pruning"))
     parts = (
         _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
         _section(path, "recovery", Recovery, read),
@@ -103,6 +109,15 @@ def load_recipe(path: str | Path) -> Recipe:
         raise LoadError(f"{path}: {failure}") from failure
     stages = _mapping(path, "stages", read.get("stages"))
     return replace(made, stages={name: _stage(path, name, made.recovery, stages[name]) for name in stages})
+
+
+def _refuse_code(path: str | Path, pruning: Any) -> None:
+    criteria = pruning.get("criteria") if isinstance(pruning, dict) else None
+    for name in criteria if isinstance(criteria, dict) else ():
+        if isinstance(name, str) and imports(name):
+            raise LoadError(
+                f"{path}: pruning.criteria names {name}, code that runs only if you trust it: trust_remote_code"
+            )
 
 
 def _section(path: str | Path, name: str, kind: type[Any], read: Mapping[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from shear_backends.folder import refuse_existing, tidy
 from shear_backends.module import RECORD
 from shear_backends.store import Saved
 from shear_ir.errors import LoadError, PlanError
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, json_in
 from shear_ir.training.data import DataConfig, Progress, prepare
 from shear_ir.training.evaluate import Loss, evaluate_sources, require_readable
 from shear_ir.training.journal import weights_digest
@@ -25,6 +25,7 @@ from shear_ir.workflow.publish import publish
 from shear_ir.workflow.recipe import Recipe
 from shear_ir.workflow.stages import run_stages, stage_settings
 from shear_ir.workflow.work import Work, alone, digest_of, place_of
+from shear_ir.writing import write_text
 
 REPORT = "recovery.json"
 Losses = Mapping[str, Loss]
@@ -72,6 +73,8 @@ def recover_stages(
     state = processes(recipe.recovery.device)
     sources = prepare(data, tokenizer, progress)
     require_readable(model, sources)
+    if not callable(dense):
+        _require_losses(dense, sources)
     with alone(place):
         tidy(out)
         refuse_existing(out, force)  # once more: it may have been put back
@@ -104,7 +107,8 @@ def recover_stages(
         result = Result(Saved(out, False), losses, tuple(stages))
 
         def tell(saved: Saved, folder: Path) -> None:
-            write_text(folder / REPORT, json.dumps(replace(result, saved=saved).to_json(), indent=1))
+            told = {**replace(result, saved=saved).to_json(), "out": saved.path.name}
+            write_text(folder / REPORT, json.dumps(told, indent=1))
 
         saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
         return replace(result, saved=saved)
@@ -113,8 +117,8 @@ def recover_stages(
 def read_losses(path: Path) -> dict[str, float]:
     """NLL per source from a JSON file: ``{source: nll}``, or what ``shear-ir eval --json`` prints."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as failure:
+        read = json_in(path)
+    except Unreadable as failure:
         raise LoadError(f"the losses {path} cannot be read: {failure}") from failure
     found = read.get("sources", read) if isinstance(read, dict) else None
     entries = found.items() if isinstance(found, dict) else ()
@@ -137,8 +141,11 @@ def _settings(
     return {name: replace(each, merge=not keep_adapters or name != last) for name, each in made.items()}
 
 
-def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
-    missing = [name for name in measured if name not in dense]
+def _require_losses(dense: Mapping[str, float], sources: Iterable[str]) -> None:
+    missing = [name for name in sources if name not in dense]
     if missing:
         raise PlanError(f"the losses of the dense model lack the source {missing[0]}")
+
+
+def _given(dense: Mapping[str, float], measured: Losses) -> dict[str, Loss]:
     return {name: Loss(dense[name], loss.tokens) for name, loss in measured.items()}

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from shear_ir.plans import Plan, write_text
+from shear_ir.plans import Plan
 from shear_ir.training.evaluate import Loss
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.saliency import measured_names
 from shear_ir.workflow.plots import plot_cuts, plot_knowledge, plot_losses
+from shear_ir.writing import placeless, write_text
 
 REPORT = "report.md"
 PACKAGES = ("shear-ir", "torch", "transformers", "peft", "accelerate", "datasets")
@@ -57,7 +58,7 @@ def _document(run: Mapping[str, Any]) -> dict[str, Any]:
                   "data": run["data"]["seed"]},
         "choice": run["choice"],
         "recipe": run["recipe"],
-        "data": run["data"],
+        "data": _placeless(run["data"]),
         "ratio": plan.ratio,
         "stock": run["stock"],
         "note": run["note"],
@@ -73,6 +74,15 @@ def _document(run: Mapping[str, Any]) -> dict[str, Any]:
         "groups": _groups(plan, knowledge),
         "samples": run["samples"],
     }  # fmt: skip
+
+
+def _placeless(value: Any) -> Any:
+    """What ``data.yaml`` says, its paths without the folders above them."""
+    if isinstance(value, dict):
+        return {key: _placeless(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_placeless(each) for each in value]
+    return placeless(value) if isinstance(value, str) else value
 
 
 def _groups(plan: Plan, knowledge: Knowledge) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from shear_ir import pipeline, planning
 from shear_ir.errors import PlanError, ShearError
-from shear_ir.plans import Costs, write_text
+from shear_ir.plans import Costs
 from shear_ir.program import Program
+from shear_ir.reading import Unreadable, json_in
 from shear_ir.repairing import Repairs, named
 from shear_ir.training.data import Progress
 from shear_ir.training.evaluate import Loss, evaluate_sources
@@ -25,6 +26,7 @@ from shear_ir.training.journal import weights_digest
 from shear_ir.training.knowledge import Knowledge
 from shear_ir.training.rows import Rows
 from shear_ir.workflow.work import alone, digest_of
+from shear_ir.writing import write_text
 from shear_passes.importance import criterion
 from shear_passes.select import ALLOCATIONS
 
@@ -203,9 +205,9 @@ class _Kept:
 
     def _read(self, path: Path) -> None:
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
+            read = json_in(path, infinite=True)
             points = [_point(each) for each in read["points"]]
-        except (OSError, ValueError, KeyError, TypeError) as failure:
+        except (Unreadable, LookupError, TypeError) as failure:
             raise PlanError(f"{path} cannot be read: remove it to begin anew") from failure
         if read.get("run") != self.digest:
             raise PlanError(f"{path} holds a sweep of another model, data or options: remove it to begin anew")

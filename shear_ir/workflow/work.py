@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from shear_ir.errors import PlanError, SaveError
-from shear_ir.plans import write_text
+from shear_ir.reading import Unreadable, json_in
+from shear_ir.writing import write_text
 
 RUN_FILE = "run.json"
 
@@ -78,8 +79,8 @@ class Work:
         else:
             self.once(path.is_file(), lambda: self.write(name, make()))
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as failure:
+            read = json_in(path, infinite=True)
+        except Unreadable as failure:
             raise PlanError(f"{path} cannot be read: remove it, and it is made anew") from failure
         if not isinstance(read, dict):
             raise PlanError(f"{path} is no artefact of this stage: remove it, and it is made anew")

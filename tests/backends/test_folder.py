@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from shear_backends.folder import tidy, written_whole
+import pytest
+
+from shear_backends.folder import refuse_existing, tidy, written_whole
+from shear_ir.errors import SaveError
+from shear_ir.writing import locked, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,6 +29,7 @@ def rename(*paths):
     left -= 1
     real(*paths)
 os.rename = rename
+folder._exchanged = lambda one, other: False  # as where the system cannot
 with folder.written_whole(Path(sys.argv[1]), force=True) as beside:
     (beside / "new").touch()
 """
@@ -84,3 +90,55 @@ def test_what_is_not_known_to_be_a_writers_is_never_removed(tmp_path: Path) -> N
     (tmp_path / ".out.shear-ir-new-12345678").symlink_to(tmp_path / "out.work")
     tidy(tmp_path / "out")
     assert names(tmp_path) == sorted([*mine, ".out.shear-ir-new-12345678"])
+
+
+def test_a_result_is_exchanged_at_one_stroke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with written_whole(out) as beside:
+        (beside / "shear_ir.json").touch()
+    monkeypatch.delattr("os.rename")  # a name that is moved away leaves a moment without one
+    with written_whole(out, force=True) as beside:
+        (beside / "new").touch()
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["new"]
+
+
+def test_what_is_written_is_readable_as_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with written_whole(tmp_path / "out") as beside:
+            (beside / "weights").touch(mode=0o600)
+            (beside / "inner").mkdir(mode=0o700)
+        write_text(tmp_path / "file", "x")
+        os.umask(0o077)
+        write_text(tmp_path / "mine", "x")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"out": 0o755, "weights": 0o644, "inner": 0o755, "file": 0o644, "mine": 0o600}
+
+
+def test_the_next_writer_of_a_file_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / ".plan.json.shear-ir-12345678").write_text("half of")
+    (tmp_path / ".plan.json.shear-ir-mine").write_text("of something else")
+    held = tmp_path / ".plan.json.shear-ir-87654321"
+    held.write_text("being written")
+    with locked(held) as mine:
+        assert mine
+        write_text(tmp_path / "plan.json", "{}")
+    assert names(tmp_path) == [".plan.json.shear-ir-87654321", ".plan.json.shear-ir-mine", "plan.json"]
+    write_text(tmp_path / "plan.json", "{}")
+    assert names(tmp_path) == [".plan.json.shear-ir-mine", "plan.json"]
+
+
+def test_a_folder_that_takes_nothing_new_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    with pytest.raises(SaveError, match="out cannot be written: Read-only file system"):
+        refuse_existing(tmp_path / "out", force=False)
+    with pytest.raises(SaveError, match="cannot be written: File name too long"):
+        refuse_existing(tmp_path / ("x" * 300), force=False)

@@ -40,9 +40,20 @@ def nothing() -> int:
 
 
 class _Stopped(MLP):
+    by = signal.SIGTERM
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), self.by)
         return super().state_dict(*args, **kwargs)
+
+
+class _HungUp(_Stopped):
+    by = signal.SIGHUP
+
+
+def hung_up() -> nn.Module:
+    """An MLP whose terminal goes away while it is saved."""
+    return _HungUp().eval()
 
 
 def stopped() -> nn.Module:

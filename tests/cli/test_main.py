@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -145,9 +146,33 @@ def test_ctrl_c_while_saving_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list((tmp_path / "outs").iterdir()) == []
 
 
-def test_a_termination_is_an_interrupt(shear: Shear, tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    ran = shear("prune", "tests.cli.factories:stopped", "--ratio", "0.25", "-o", tmp_path / "out")
-    assert (ran.code, ran.out, ran.err) == (143, "", "interrupted\n")
+@pytest.mark.parametrize(("factory", "number"), [("stopped", signal.SIGTERM), ("hung_up", signal.SIGHUP)])
+def test_a_termination_is_an_interrupt(shear: Shear, tmp_path: Path, factory: str, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    ran = shear("prune", f"tests.cli.factories:{factory}", "--ratio", "0.25", "-o", tmp_path / "out")
+    assert (ran.code, ran.out, ran.err) == (128 + number, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_is_killed_while_it_saves_can_be_run_again(
+    shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--ratio", "0.25", "-o", tmp_path / "out", "--plan-out", tmp_path / "plan.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("shear_ir.pipeline.save", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert shear("prune", MLP, *options).code == 143
+    # OUT says that all is done, so the plan is there before it.
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert shear("prune", MLP, *options).code == 0
+    assert (tmp_path / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
+
+
+def test_a_disk_that_is_full_is_told(shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.json")
+
+    monkeypatch.setattr("shear_ir.plans.Plan.to_json", full)
+    out = tmp_path / "plan.json"
+    ran = shear("prune", "tests.cli.factories:mlp", "--ratio", "0.25", "--dry-run", "--plan-out", out)
+    assert ran.sentence == "a.json cannot be used: No space left on device"

@@ -50,8 +50,8 @@ def test_a_shard_outside_of_the_folder_is_not_read(shear: Shear, broken: Path, t
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (None, "holds no tokenizer: save the one that the model was trained with there (save_pretrained)"),
-        ('{"version": ', "cannot be read: Expecting value: line 1 column 13 (char 12)"),
+        (None, " holds no tokenizer: save the one that the model was trained with there (save_pretrained)"),
+        ('{"version": ', "/tokenizer.json cannot be read: Expecting value: line 1 column 13 (char 12)"),
     ],
 )
 def test_a_model_without_a_tokenizer_is_one_whole_sentence(
@@ -61,7 +61,7 @@ def test_a_model_without_a_tokenizer_is_one_whole_sentence(
     if text is not None:
         (broken / "tokenizer.json").write_text(text)
     (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n')
-    assert shear("eval", broken, "--data", tmp_path / "rows.jsonl").sentence.endswith(f"{broken} {said}")
+    assert shear("eval", broken, "--data", tmp_path / "rows.jsonl").sentence.endswith(f"{broken}{said}")
 
 
 def test_a_config_of_an_unknown_type_is_one_sentence(shear: Shear, broken: Path) -> None:

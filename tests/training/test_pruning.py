@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_is_refused_and_the_model_has_no_adapters(tmp_p
     model = FAMILIES["llama_gqa"]()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = math.nan  # type: ignore[union-attr]
-    with pytest.raises(PlanError, match="the training loss is not a number at step 2: pruning stops here; a lower lr"):
+    with pytest.raises(PlanError, match="the training loss is not a number at step 1: pruning stops here; a lower lr"):
         run(tmp_path, model)
     assert not any("lora" in name for name, _ in model.named_parameters())
 

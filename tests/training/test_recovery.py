@@ -264,7 +264,7 @@ def test_a_training_loss_that_is_no_number_ends_the_round_at_once(tmp_path: Path
 
     model.forward = overflowing
     done = run(tmp_path, model=model)
-    assert done.stopped.startswith("diverged: the training loss is not a number at step 2 of round 1, which is thrown")
+    assert done.stopped.startswith("diverged: the training loss is not a number at step 1 of round 1, which is thrown")
     assert (done.best, done.rounds) == (0, ())
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import graphviz
 
 from shear_backends.draw.dot import FONT
 from shear_ir.errors import SaveError
+from shear_ir.writing import write_bytes
 
 FORMATS = ("svg", "png", "pdf", "dot")
 _FAMILY = f"{FONT}, Helvetica, 'Liberation Sans', sans-serif"
@@ -55,15 +54,6 @@ def tidy_svg(text: str) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        write_bytes(path, content)
     except OSError as failure:
         raise SaveError(f"{path} cannot be written: {failure.strerror}") from failure
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except OSError as failure:
-        raise SaveError(f"{path} cannot be written: {failure.strerror}") from failure
-    finally:
-        Path(beside).unlink(missing_ok=True)

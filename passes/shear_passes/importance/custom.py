@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ class Evidence:
         return self.analyses.get(Data())
 
 
+_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
 Function = Callable[[Group, Evidence], Any]
 """From a group to a number for each of its units; None for a group that it cannot score."""
 
@@ -98,6 +101,8 @@ class Custom(Importance):
 
 def find(path: str) -> Any:
     """What ``package.module:name`` names, also beside the current folder; raises ``PlanError``."""
+    if not _PATH.fullmatch(path):
+        raise PlanError(f"the criterion '{path}' is no import path: write package.module:name")
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

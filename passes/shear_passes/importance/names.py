@@ -12,7 +12,7 @@ from shear_ir.frontend.sentences import sentence
 from shear_passes.importance.base import Importance
 from shear_passes.importance.block_influence import BlockInfluence
 from shear_passes.importance.bonsai import Bonsai
-from shear_passes.importance.custom import as_criterion, find
+from shear_passes.importance.custom import Custom, as_criterion, find
 from shear_passes.importance.lora_guided import LoraGuided
 from shear_passes.importance.magnitude import Magnitude
 from shear_passes.importance.mini_llm import MiniLlm
@@ -68,6 +68,15 @@ def criterion(name: str, seed: int = 0) -> Importance:
     if seed and "seed" in {f.name for f in dataclasses.fields(made)} and "seed=" not in name:
         made = dataclasses.replace(made, **{"seed": seed})
     return made
+
+
+def imports(name: str) -> bool:
+    """Whether the criterion ``name``, or one among its options, may be found by an import path.
+
+    Such a name comes from the command line or from Python, and never from a file: it says which code runs.
+    """
+    # In quotes, an escape may stand for a colon.
+    return ":" in name or "\\" in name or name.partition("{")[0].strip() == Custom.name()
 
 
 def blind_costs(name: str) -> str:
