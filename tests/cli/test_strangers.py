@@ -37,7 +37,11 @@ def here(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     assert "evil" not in sys.modules
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+# Every third by default, of all kinds of files; all of them with `-m thorough`.
+@pytest.mark.parametrize("case", [
+    pytest.param(case, id=case.name, marks=[pytest.mark.thorough] if place % 3 else [])
+    for place, case in enumerate(CASES)
+])  # fmt: skip
 def test_a_file_of_a_stranger_is_told_in_a_sentence(here: Path, shear: Shear, case: Case) -> None:
     case.edit(here)
     before = listed(here.parent)
