@@ -39,6 +39,10 @@ Rotation = Literal["residual", "heads"]
 REPAIRS: Mapping[str, type[Repair]] = {cls.name(): cls for cls in (LeastSquares, FlapBias)}
 
 
+_AT_ONCE = 1 << 26
+"""Bytes of statistics that are kept at once, however small a model is."""
+
+
 def repair(
     model: nn.Module, plan: Plan, *repairs: Repair | str, data: Iterable[Any], inputs: Any = None,
     progress: Progress | None = None,
@@ -46,29 +50,33 @@ def repair(
     """A copy of ``model`` whose weights are prepared for ``plan``; shear and verify that copy instead of ``model``.
 
     ``repairs``: what is done, by name or as objects, one after the other; least squares when none is named. ``data``:
-    batches of model inputs, of which one pass takes statistics. Shapes stay as they are, and what the plan leaves
+    batches of model inputs, of which a pass takes statistics; several passes where those would take more memory than
+    half of the model. Shapes stay as they are, and what the plan leaves
     alone stays bit for bit. Raises ``PlanError`` for a plan of another model, adapters that are not merged, and
     repairs that the model has no room for.
     """
     model = unwrapped(model)
     _require_merged(model)
     program = planned_program(model, plan, inputs)
-    asked = Repairs(model, program, [named(each) for each in repairs] or [LeastSquares()], data, progress, plan)
-    changed = asked.changed(plan)
-    del asked  # with all that was read, before a copy of the model is there
+    asked, batches = [named(each) for each in repairs] or [LeastSquares()], list(data)
+    consumers = analyses(program).get(FindConsumers())
+    limit = max(_AT_ONCE, sum(p.numel() * p.element_size() for p in model.parameters()) // 2)
+    changed: dict[str, Tensor] = {}
+    for part in losing(groups(program), plan, consumers, limit):
+        changed |= Repairs(model, program, asked, batches, progress, part).changed(plan)
+    # All that was read is gone before a copy of the model is there.
     return _with(model, changed)
 
 
 class Repairs:
-    """Repairs of one model by statistics of one pass over ``data``, for ``plan``, or for any number of plans."""
+    """Repairs of one model for any number of plans, by one pass over ``data``; of readers of ``only``, where given."""
 
     def __init__(
         self, model: nn.Module, program: Program, repairs: Sequence[Repair], data: Iterable[Any],
-        progress: Progress | None = None, plan: Plan | None = None,
+        progress: Progress | None = None, only: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
-        self.model, self.repairs, self.groups = model, repairs, groups(program)
+        self.model, self.repairs, self.groups, self.only = model, repairs, groups(program), only
         self.manager = prepared(analyses(program), [], weights=None, model=model, data=data, progress=progress)
-        self.only = () if plan is None else losing(self.groups, plan, self.manager.get(FindConsumers()))
         collect([each.statistics(self.only) for each in repairs], self.manager)
 
     def __call__(self, plan: Plan) -> nn.Module:

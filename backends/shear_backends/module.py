@@ -30,7 +30,7 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.quantised import quantised_module
-from shear_ir.frontend.unchanged import copied
+from shear_ir.frontend.unchanged import copied, unchanged
 from shear_ir.plans import Plan
 from shear_ir.program import module_path
 from shear_passes.analysis.find_groups import Groups
@@ -120,7 +120,7 @@ def require_apart(small: nn.Module, model: nn.Module, feed: Inputs) -> None:
                     )
             return func(*args, **(kwargs or {}))
 
-    with evaluation(small), torch.no_grad(), Watched():  # type: ignore[no-untyped-call]  # as above
+    with unchanged(small), evaluation(small), torch.no_grad(), Watched():  # type: ignore[no-untyped-call]  # as above
         run(small, feed)
 
 

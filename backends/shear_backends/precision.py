@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_map
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.unchanged import copied
 
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_AT_ONCE = 1 << 22
+"""Entries of a weight that are converted at once, where a product allows it."""
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -61,8 +64,15 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         self.buffers = {id(t): t for t in model.buffers()}
         self.places = {place: key for key, t in self.parameters.items() if (place := _place(t)) is not None}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.later: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.t.default and self._is_large(args[0]):
+            later = func(*args)
+            self.later[id(later)] = later
+            return later
+        if func in _PRODUCTS and id(args[-1]) in self.later and not kwargs:
+            return self._by_columns(args[-1], *map(self._given, args[:-1]))
         args, kwargs = tree_map(self._given, (args, kwargs or {}))
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype is torch.float64:
             return _grouped_products(*args, **kwargs)
@@ -84,6 +94,19 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         # The tensor is kept as well, so that its id stays its own.
         self.kept[id(value)] = (value, self._masked(id(value), value.to(dtype, copy=True)))
         return self.kept[id(value)][1]
+
+    def _is_large(self, value: Tensor) -> bool:
+        """Whether a matrix, as of a head over a vocabulary, is converted a few columns of its product at a time."""
+        key = self._parameter(value)
+        read_as_it_is = key is not None and not any(key in each for each in (self.masks, self.values, self.nudged))
+        return read_as_it_is and value.numel() > _AT_ONCE and self._raised(value.dtype) is not value.dtype
+
+    def _by_columns(self, matrix: Tensor, *others: Tensor) -> Tensor:
+        """``others[-1] @ matrix``, and ``others[0]`` added where there are two; ``matrix`` has shape ``(in, out)``."""
+        step = max(1, _AT_ONCE // len(matrix))
+        parts = [others[-1] @ matrix[:, i : i + step].to(others[-1]) for i in range(0, matrix.shape[1], step)]
+        made = torch.cat(parts, -1)
+        return made if len(others) == 1 else made + others[0]
 
     def _made(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -54,7 +54,7 @@ def test_verify_finds_a_view_that_fits_by_chance() -> None:
     report = sir.verify(model, broken, plan)
     assert not report.sound
     assert "7x11x5" in report.place
-    assert sir.verify(model, right, plan).lengths == ((3, 7, 5), (7, 11, 5))
+    assert sir.verify(model, right, plan).lengths == ((3, 7, 5), (7, 11, 5), (1, 7, 5))
     assert sir.verify(model, right, plan, x).lengths == ((3, 7, 5),)
 
 

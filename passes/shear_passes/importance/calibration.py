@@ -67,6 +67,8 @@ class Calibration:
     ``loss``: of one batch; when None, the model's own: ``outputs.loss``, a scalar output, or for a causal language
     model the loss of the next token.
 
+    ``whole``: whether an observer may look at any operator, so that none is left out.
+
     Of the portion at hand: ``masks``, which tokens are no padding, each of shape ``(rows, length)``; ``rows``;
     ``weight``, what its loss is the mean over: tokens to be predicted, labels, or rows where that is not known.
     """
@@ -77,6 +79,7 @@ class Calibration:
     progress: Progress | None = None
     watching: bool = field(default=True, init=False)
     takers: dict[nn.Parameter, list[Callable[[Tensor], None]]] = field(default_factory=dict, init=False)
+    whole: bool = field(default=False, init=False)
     masks: tuple[Tensor, ...] = field(default=(), init=False)
     rows: int = field(default=0, init=False)
     weight: int = field(default=0, init=False)
@@ -160,7 +163,7 @@ class Calibration:
                         "predicted (rows of one token, all of it padding), or the model's own numbers overflow"
                     )
             else:
-                call(self.model, feed)
+                call(self.model, feed if self.whole or "labels" in feed else {**feed, **_few_logits(self.model)})
             if backward:
                 assert step.loss is not None
                 step.loss.backward()  # type: ignore[no-untyped-call]
@@ -232,6 +235,14 @@ def call(model: nn.Module, feed: Inputs) -> Any:
         raise PlanError(
             f"{type(model).__name__} does not run on the calibration data: {sentence(failure)}"
         ) from failure
+
+
+def _few_logits(model: nn.Module) -> Inputs:
+    """What makes a language model leave out the logits of all but the last token, where nothing looks at its head."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) and "logits_to_keep" in _arguments(model) else None
+    watched = head is None or bool(head._forward_pre_hooks or head._forward_hooks)
+    return {} if watched else {"logits_to_keep": 1}
 
 
 def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:

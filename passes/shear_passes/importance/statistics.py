@@ -171,6 +171,7 @@ class ReadObserver(Observer):
         return look
 
     def _watch(self, calibration: Calibration, loose: list[Consumer]) -> ProductWatch:
+        calibration.whole = True
         tensors = dict(calibration.model.named_parameters(remove_duplicate=False))
         owners = {c.key: next(tensors[n] for n in self.names[c.parameter] if n in tensors) for c in loose}
 

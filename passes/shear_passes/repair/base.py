@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -85,10 +85,23 @@ def losses(groups: Groups, plan: Plan, consumers: Consumers, statistics: Calibra
             yield Loss(consumer, stays, statistics[consumer], biases.get(consumer.parameter, ""))
 
 
-def losing(groups: Groups, plan: Plan, consumers: Consumers) -> tuple[str, ...]:
-    """The parameters of the consumers that lose features."""
+def losing(groups: Groups, plan: Plan, consumers: Consumers, limit: int) -> Iterator[tuple[str, ...]]:
+    """The parameters of the consumers that lose features, in parts whose Gram matrices take about ``limit`` bytes."""
     masks = checked_masks(groups, plan)
-    return tuple(consumer.parameter for consumer in consumers if _is_cut(consumer, masks))
+    part: list[str] = []
+    read: dict[Any, int] = {}
+    for consumer in consumers:
+        if _is_cut(consumer, masks):
+            # Consumers of the same values share one matrix, in float64.
+            same = (consumer.sources, consumer.feature) if consumer.modules is not None else consumer.key
+            needs = 0 if same in read else 8 * consumer.features.size**2
+            if part and needs and sum(read.values()) + needs > limit:
+                yield tuple(part)
+                part, read = [], {}
+            part.append(consumer.parameter)
+            read[same] = read.get(same, 8 * consumer.features.size**2)
+    if part:
+        yield tuple(part)
 
 
 def _is_cut(consumer: Consumer, masks: Mapping[Axis, Mask]) -> bool:
