@@ -41,6 +41,9 @@ VARIANTS: Mapping[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "batched experts": ("mixtral_batched", (), {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
 }
 
+ALIKE = ("q v", "q k v gate up", "and o", "all seven", "patterns", "dropout")
+"""Parts of another variant, or the same to a plan."""
+
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*lora_bias")
 
 
@@ -61,7 +64,9 @@ def only_adapters(group: Group) -> bool:
     return all("lora_" in name for name in group.parameters)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(each, marks=[pytest.mark.thorough] if each in ALIKE else []) for each in VARIANTS]
+)
 def test_units_are_those_of_the_base_and_the_sheared_graph_is_the_masked_original(variant: str) -> None:
     found = roads.trace(adapted(variant))
     assert of_base(found.groups) == of_base(base(VARIANTS[variant][0]))

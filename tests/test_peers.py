@@ -96,7 +96,7 @@ def test_gpt2s_conv1d_shrinks() -> None:
     assert small["transformer.h.0.mlp.c_fc.weight"][1] == small["transformer.h.0.mlp.c_proj.weight"][0] < 52
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
+@pytest.mark.parametrize("ratio", [0.2, *(pytest.param(each, marks=pytest.mark.thorough) for each in (0.1, 0.3))])
 def test_a_fused_gate_and_up_loses_what_was_asked_once(ratio: float) -> None:
     """There, the two halves were pruned one after the other: twice the ratio."""
     family = traced("phi3")

@@ -149,7 +149,9 @@ def test_an_adapter_that_changed_its_base_when_it_started_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("start", ["gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize(
+    "start", ["eva", *(pytest.param(each, marks=pytest.mark.thorough) for each in ("gaussian", "orthogonal"))]
+)
 def test_an_adapter_that_left_its_base_alone_is_projected_however_it_started(start: str, tmp_path: Path) -> None:
     dense: Any = FAMILIES["llama_gqa"]()
     plan = some(dense)
@@ -184,7 +186,14 @@ def test_plain_lora_that_peft_made_of_pissa_is_projected(tmp_path: Path) -> None
     assert report.max_abs_diff <= 1e-5 * max(1.0, report.scale)
 
 
-@pytest.mark.parametrize(("start", "more"), [("pissa", {}), ("pissa_niter_4", {}), ("olora", {"use_dora": True})])
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        ("pissa", {}),
+        pytest.param("pissa_niter_4", {}, marks=pytest.mark.thorough),
+        pytest.param("olora", {"use_dora": True}, marks=pytest.mark.thorough),
+    ],
+)
 def test_a_model_whose_adapters_changed_its_base_is_sheared_and_saved_as_it_is(
     start: str, more: dict[str, Any], tmp_path: Path
 ) -> None:

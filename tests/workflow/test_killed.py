@@ -39,6 +39,7 @@ def killed_at(arguments: list[str], what: str, step: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(tmp_path: Path, data: Path, whole: Outcome) -> None:
     write_model(tmp_path / "model")
     write_recipe(tmp_path / "recipe.yaml")

@@ -59,6 +59,7 @@ def cuts(folder: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_end_with_the_zero_set_of_one(tmp_path: Path, data: Path) -> None:
     write_model(tmp_path / "model")
     write_recipe(tmp_path / "recipe.yaml", anywhere(RECIPE))
