@@ -64,6 +64,21 @@ def pretend() -> Iterator[Pretend]:
         yield made
 
 
+_TRACED_ANEW = ("frontend", "oracle", "rules", "real")
+
+
+@pytest.fixture(autouse=True)
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Models of a library are traced once for all tests; those that are about tracing trace each anew."""
+    if request.node.get_closest_marker("apart") or set(_TRACED_ANEW) & set(request.path.parts):
+        yield
+        return
+    from tests.traces import shared_traces  # not above, as with the zoo
+
+    with shared_traces(modules=bool({"cli", "workflow"} & set(request.path.parts))):
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct in fp32, for tests that are marked ``real``."""

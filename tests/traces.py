@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
+from shear_backends import depth, judge, masked_blocks, readback
 from shear_ir import pipeline
+from shear_ir.frontend import export
+from shear_ir.frontend.feeds import inputs_of, kept
 from shear_ir.program import Program
 
-_KNOWN: dict[Hashable, Program] = {}
+_KNOWN: OrderedDict[Hashable, Program] = OrderedDict()
+_MOST = 96
 _PLAIN = (bool, int, float, str, tuple, list, type(None))
+_TRACING = ((pipeline, "_trace"), (judge, "trace"), (masked_blocks, "trace"), (depth, "trace"), (readback, "trace"))
 
 
 @contextmanager
-def shared_traces() -> Iterator[None]:
-    """Within it, a model is traced once, whatever its weights are; one that is fed, or hooked into, each time anew."""
+def shared_traces(*, modules: bool = True) -> Iterator[None]:
+    """Within it, a model is traced once, whatever its weights are; one whose forward was changed, each time anew.
+
+    ``modules``: those that no config describes, too, which are told apart by their plain attributes.
+    """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(pipeline, "_trace", _remembering(pipeline._trace))
+        for place, name in _TRACING:
+            patched.setattr(place, name, _remembering(export.trace, modules))
         yield
 
 
-def _remembering(trace: Callable[..., Program]) -> Callable[..., Program]:
+def _remembering(trace: Callable[..., Program], modules: bool) -> Callable[..., Program]:
     def remembered(model: nn.Module, inputs: Any = None, *, dynamic: bool = False, ways: bool = False) -> Program:
-        if inputs is not None or any(map(_changed, model.modules())):
+        if not (modules or hasattr(model, "config")) or any(map(_changed, model.modules())):
             return trace(model, inputs, dynamic=dynamic, ways=ways)
-        key = (_structure(model), dynamic, ways)
+        feed = inputs_of(model, inputs)
+        leaves, kinds = tree_flatten(feed)
+        told = tuple((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else repr(t) for t in leaves)
+        key = (_structure(model), str(kinds), told, dynamic, ways)
         if key not in _KNOWN:
-            _KNOWN[key] = trace(model, dynamic=dynamic, ways=ways)
-        # A program of its own, which knows this model and keeps its analyses.
-        return replace(_KNOWN[key])
+            _KNOWN[key] = trace(model, inputs, dynamic=dynamic, ways=ways)
+            while len(_KNOWN) > _MOST:
+                _KNOWN.popitem(last=False)
+        _KNOWN.move_to_end(key)
+        # A program of its own, which knows this model and its inputs, and keeps its analyses.
+        return replace(_KNOWN[key], feed=kept(model, feed))
 
     return remembered
 
