@@ -195,7 +195,13 @@ def test_the_dense_model_is_not_touched_by_the_search_for_lengths() -> None:
     assert not any("Fake" in type(t).__name__ for t in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gemma2", "mixtral", "gpt2", "bert", "t5", "modernbert"])
+ALIKE = ("gpt2", "bert", "modernbert")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama_gqa", "gemma2", "mixtral", "t5", *(pytest.param(name, marks=pytest.mark.thorough) for name in ALIKE)],
+)
 def test_families_are_decided_by_structure_at_two_lengths(name: str) -> None:
     model = build(name)
     plan = sir.plan(sir.trace(model), ratio=0.25, kinds=("ffn", "kv_head"))

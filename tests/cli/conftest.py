@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shear_ir.cli import main
+from tests.traces import shared_traces
 from tests.zoo import build
 
 TOKENIZER = {
@@ -44,6 +45,13 @@ class Ran:
 
 
 Shear = Callable[..., Ran]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_for_all() -> Iterator[None]:
+    """Fixtures of a module, too."""
+    with shared_traces():
+        yield
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def test_two_processes_end_with_the_zero_set_of_one(tmp_path: Path) -> None:
     assert one["zero"] == two["zero"]
 
 
+@pytest.mark.thorough
 def test_two_processes_share_a_measurement_and_have_the_bits_of_one(tmp_path: Path) -> None:
     one = launch(1, tmp_path / "one.json", "two_measuring")
     two = launch(2, tmp_path / "two.json", "two_measuring")

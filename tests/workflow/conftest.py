@@ -10,6 +10,7 @@ import torch
 
 from shear_ir.workflow import measure
 from shear_ir.workflow.run import Outcome
+from tests.traces import shared_traces
 from tests.workflow.tiny import run, write_data
 
 
@@ -25,6 +26,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_for_all() -> Iterator[None]:
+    """Fixtures of a module, too."""
+    with shared_traces():
+        yield
 
 
 @pytest.fixture(scope="session")
