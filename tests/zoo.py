@@ -285,8 +285,7 @@ _RECIPES: dict[str, Recipe] = {
 FAMILIES: dict[str, Callable[[], nn.Module]] = {name: partial(build, name) for name in _RECIPES}
 
 UNLIKE = (
-    "mlp", "concat_and_split", "resnet", "depthwise_separable", "llama_gqa", "gemma2", "phi3", "gpt2", "falcon_new",
-    "mpt", "mixtral", "bert", "deberta_v2", "t5_gated", "vit",
+    "mlp", "resnet", "llama_gqa", "gemma2", "gpt2", "falcon_new", "mixtral", "bert", "t5_gated", "vit",
 )  # fmt: skip
 """One family of each way to build a block; the others are built of the same operators in other sizes."""
 """Each name to a function that builds its model."""
