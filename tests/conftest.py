@@ -70,7 +70,8 @@ _TRACED_ANEW = ("frontend", "oracle", "rules", "real")
 @pytest.fixture(autouse=True)
 def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Models of a library are traced once for all tests; those that are about tracing trace each anew."""
-    if request.node.get_closest_marker("apart") or set(_TRACED_ANEW) & set(request.path.parts):
+    anew = request.node.get_closest_marker("apart") or request.node.get_closest_marker("anew")
+    if anew or set(_TRACED_ANEW) & set(request.path.parts):
         yield
         return
     from tests.traces import shared_traces  # not above, as with the zoo

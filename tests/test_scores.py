@@ -101,6 +101,7 @@ def test_data_that_the_model_cannot_read_or_predict_is_refused() -> None:
         sir.scores(program, "taylor", data=[torch.ones(2, 1, dtype=torch.long)])
 
 
+@pytest.mark.anew
 def test_a_program_whose_model_is_gone_is_not_run_on_data() -> None:
     program = sir.trace(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)), torch.randn(3, 6))
     gc.collect()
