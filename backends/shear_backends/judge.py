@@ -11,21 +11,22 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from shear_backends.compare import largest
 from shear_backends.graph import graph_module, tensors_of
-from shear_backends.sides import Side
+from shear_backends.sides import Side, raised
 from shear_backends.sizes import apart, longer
 from shear_backends.structure import Structure, first_difference
 from shear_backends.verify import difference, evaluation, run
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
-from shear_ir.frontend.feeds import tensors_in, with_tensors
+from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
@@ -99,7 +100,7 @@ class Judge:
 
     def _by_numbers(self, small: nn.Module, made: Maker) -> bool:
         """Where a mean has become one over fewer channels: the graph scales it, and modules what it multiplies."""
-        against = self._failure(small)
+        against = _failure(small, self.feed)
         self.failed = bool(against)
         self.structure = Structure(False, (), against or "the means of norms are scaled elsewhere")
         if against:
@@ -113,7 +114,7 @@ class Judge:
     def _against(self, small: nn.Module, feed: Inputs, program: Program) -> str:
         """What speaks against ``small`` as ``program``."""
         if feed is self.feed and not self.meta:  # quicker than a trace of what does not run
-            failure = self._failure(small)
+            failure = _failure(small, self.feed)
             if failure:
                 self.failed = True
                 return failure
@@ -121,15 +122,6 @@ class Judge:
             return first_difference(program, raise_lora(trace(small, feed)))
         except ShearError as raised:
             return str(raised)
-
-    def _failure(self, small: nn.Module) -> str:
-        """Why ``small`` does not run; empty where it does."""
-        try:
-            with evaluation(small), torch.no_grad():
-                run(small, self.feed)
-        except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
-            return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
-        return ""
 
     def _require_further(self) -> None:
         """Raise ``ShearingError`` where the plan is not possible with longer inputs."""
@@ -162,27 +154,22 @@ class Judge:
         """What is asked where numbers decide."""
         other = apart(self.model, self.feed)
         feeds = [self.feed, *([] if other is None else [other])]
-        return [*feeds, *itertools.islice(filter(self._runs, longer(self.model, self.feed, _AFFORDED)), 1)]
+        return [*feeds, *itertools.islice(self._taken(longer(self.model, self.feed, _AFFORDED)), 1)]
 
-    def _runs(self, given: Inputs) -> bool:
-        """Whether the dense model takes them: shapes alone do not say what lies past a table of positions."""
-        try:
-            with evaluation(self.model), torch.no_grad():
-                run(self.model, given)
-        except Exception:  # too long, in the model's own words
-            return False
-        return True
+    def _taken(self, feeds: Iterable[Inputs]) -> Iterator[Inputs]:
+        """Those that the dense model takes: shapes alone do not say what lies past a table of positions."""
+        return (feed for feed in feeds if not _failure(self.model, feed))
 
     def _same_on(self, place: int, made: Maker) -> bool:
         for draw in (True, False):
             try:
                 expected, moved, bound = self._said(place, draw)
-                found = _exactly(made(_in_double(self.model, draw)), _doubled(self._given[place]))
+                found = _exactly(made(_in_double(self.model, draw)), raised(self._given[place], torch.float64))
                 gap = difference(expected, found)
             except Exception as failure:  # code that minds its dtype, or a wrong candidate
                 self.why = self.why or f" ({type(failure).__name__}: {failure})"
                 continue
-            scale = _scale(expected)
+            scale = largest(expected)
             if bound <= _ROUNDING and moved not in (0.0, float("inf")):
                 bound = min(bound * scale, _FOLLOWS * moved)
             else:
@@ -197,7 +184,7 @@ class Judge:
     def _said(self, place: int, draw: bool) -> tuple[tuple[Tensor, ...], float, float]:
         """What the sheared program says, how far that is from the dense model, and the rounding of the program."""
         if (place, draw) not in self._known:
-            dense, feed = _in_double(self.model, draw), _doubled(self._given[place])
+            dense, feed = _in_double(self.model, draw), raised(self._given[place], torch.float64)
             there = AnalysisManager(raise_lora(trace(dense, feed))).get(FindGroups())
             expected = _exactly(self._sheared(dense, there), feed)
             moved = difference(expected, _exactly(dense, feed))
@@ -218,12 +205,22 @@ class Judge:
         with evaluation(self.model), torch.no_grad():
             own = run(self.model, self.feed)
             gap = difference(own, graph_module(self.groups.program, tensors_of(self.model))(**self.feed))
-        if gap > _CLEARLY * _scale(own):
+        if gap > _CLEARLY * largest(own):
             raise ShearingError(
                 f"the trace of {type(self.model).__name__} is not its function, they differ by {gap:.3g} before "
                 "anything is removed: its forward draws random numbers or takes another way under torch.export; pass "
                 "inputs that leave it no choice, such as its masks"
             )
+
+
+def _failure(model: nn.Module, feed: Inputs) -> str:
+    """Why ``model`` does not run on ``feed``; empty where it does."""
+    try:
+        with evaluation(model), torch.no_grad():
+            run(model, feed)
+    except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
+        return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+    return ""
 
 
 def rounding(program: Program) -> float:
@@ -233,14 +230,6 @@ def rounding(program: Program) -> float:
     """
     own = (isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "shear_ir" for n in program.nodes)
     return _SINGLE if any(own) else _ROUNDING
-
-
-def _doubled(feed: Inputs) -> Inputs:
-    return with_tensors(feed, lambda t: t.double() if t.is_floating_point() else t)
-
-
-def _scale(outputs: Sequence[Tensor]) -> float:
-    return max([0.0, *(float(t.abs().max()) for t in outputs if t.numel())])
 
 
 def _exactly(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:

@@ -109,10 +109,8 @@ def require_apart(small: nn.Module, model: nn.Module, feed: Inputs) -> None:
     class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             for leaf in pytree.tree_leaves((args, kwargs)):
-                plain = (
-                    isinstance(leaf, Tensor) and leaf.layout is torch.strided and type(leaf) in (Tensor, nn.Parameter)
-                )
-                name = places.get(leaf.untyped_storage().data_ptr()) if plain else None
+                ordinary = type(leaf) in (Tensor, nn.Parameter) and leaf.layout is torch.strided
+                name = places.get(leaf.untyped_storage().data_ptr()) if ordinary else None
                 if name is not None:
                     raise ShearingError(
                         f"a copy of {type(model).__name__} reads {name} of the original, as a hook or a function does "

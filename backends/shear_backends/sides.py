@@ -81,7 +81,7 @@ class Side:
         while True:
             try:
                 with self._reading(asked, dtype, nudged):
-                    return tuple(call(asked, _raised(feed, dtype)))
+                    return tuple(call(asked, raised(feed, dtype)))
             except Exception:
                 kind = self._failing(asked, call, feed, dtype)
                 if kind is None or kind in self.swapped or len(self.swapped) == _MOST_SWAPPED:
@@ -110,7 +110,7 @@ class Side:
             hooks.append(module.register_forward_hook(lambda *_: running.pop() and None))
         try:
             with self._reading(asked, dtype):
-                call(asked, _raised(feed, dtype))
+                call(asked, raised(feed, dtype))
         except Exception:
             return next((type(m) for m in reversed(running) if next(m.parameters(), None) is not None), None)
         finally:
@@ -123,14 +123,14 @@ def _by_name(graph: nn.Module, feed: Inputs) -> Sequence[Tensor]:
     return tuple(graph(**feed))
 
 
-def _raised(feed: Inputs, dtype: torch.dtype | None) -> Inputs:
+def raised(feed: Inputs, dtype: torch.dtype | None) -> Inputs:
     """``feed`` with what has a lower precision in ``dtype``."""
 
-    def raised(tensor: Tensor) -> Tensor:
+    def change(tensor: Tensor) -> Tensor:
         low = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize < dtype.itemsize
         return tensor.to(dtype) if low else tensor
 
-    return with_tensors(feed, raised)
+    return with_tensors(feed, change)
 
 
 @contextmanager

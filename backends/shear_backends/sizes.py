@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shear_ir.frontend.feeds import call, tensors_in, with_tensors
+from shear_ir.frontend.feeds import call, tensors_in, uncached, with_tensors
 from shear_ir.frontend.guards import Guard
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.frontend.shapes import on_shapes
@@ -187,6 +187,5 @@ def _repeated(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 def _fake_run(model: nn.Module, feed: Inputs) -> None:
     """Run ``model`` on shapes alone, as torch.export does; what it keeps and writes is not touched."""
-    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     with on_shapes(model, feed) as (copy, given, _):
-        call(copy().eval(), given, **fixed)
+        call(copy().eval(), given, **uncached(model))

@@ -15,7 +15,7 @@ from shear_backends import sizes
 from shear_backends.sides import Call
 from shear_backends.sizes import apart, numbers_of, prime
 from shear_ir.frontend.export import tensors_of
-from shear_ir.frontend.feeds import call, tensors_in, with_tensors
+from shear_ir.frontend.feeds import call, tensors_in, uncached, with_tensors
 from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
 
@@ -48,8 +48,7 @@ class Trial:
 
 def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
     """The tensors a model predicts with, caches off."""
-    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return tensors_of(call(model, feed, **fixed))
+    return tensors_of(call(model, feed, **uncached(model)))
 
 
 def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, is_conc
 from torch.utils import _pytree as pytree
 
 from shear_ir.errors import TraceError
-from shear_ir.frontend.feeds import call, inputs_of, kept, tensors_in
+from shear_ir.frontend.feeds import call, inputs_of, kept, tensors_in, uncached
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.opaque import Opaque
@@ -66,8 +66,7 @@ class _Logits(nn.Module):
         self.root = root
         leaves, self.structure = pytree.tree_flatten(feed)
         self.others = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves]
-        config = getattr(root, "config", None)
-        self.fixed: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        self.fixed = uncached(root)
 
     def forward(self, *args: Tensor) -> Any:
         given = iter(args)

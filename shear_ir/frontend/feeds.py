@@ -21,6 +21,11 @@ from shear_ir.program import Feed
 _given: weakref.WeakKeyDictionary[nn.Module, Feed] = weakref.WeakKeyDictionary()
 
 
+def uncached(model: nn.Module) -> dict[str, Any]:
+    """What a forward that could keep keys and values is told beside its inputs, so that it does not."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
 def call(model: nn.Module, feed: Mapping[str, Any], **fixed: Any) -> Any:
     """What ``model`` returns for ``feed``; arguments that have no name outside of forward are given by place."""
     parameters = inspect.signature(model.forward).parameters.values()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +13,22 @@ from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from shear_ir.frontend.feeds import call, tensors_in, with_tensors
+from shear_ir.frontend.feeds import call, tensors_in, uncached, with_tensors
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on the sizes of inputs that held, as ``x.shape[1] <= 8``; where it does not, forward may do more.
-
-    ``numbers``: the whole numbers in it.
-    """
+    """A condition on the sizes of inputs that held, as ``x.shape[1] <= 8``; where it does not, forward may do more."""
 
     condition: Any
     symbols: Mapping[Any, tuple[str, int]]
-    numbers: frozenset[int] = field(default_factory=frozenset)
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The whole numbers in it."""
+        return frozenset(int(n) for n in self.condition.atoms() if getattr(n, "is_Integer", False))
 
     def holds(self, feed: Inputs) -> bool:
         """Whether it holds for the sizes of ``feed``, an input for the same arguments."""
@@ -49,7 +50,6 @@ def size_guards(model: nn.Module, feed: Inputs) -> tuple[Guard, ...]:
     """
     env, symbols = ShapeEnv(), dict[Any, tuple[str, int]]()
     names = {id(tensor): name for name, tensor in tensors_in(feed).items()}
-    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
 
     def symbolic(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * tensor.dim())
@@ -62,7 +62,7 @@ def size_guards(model: nn.Module, feed: Inputs) -> tuple[Guard, ...]:
 
     # What forward cannot do with symbols, as torch's own code cannot in places, ends the search.
     with contextlib.suppress(Exception), on_shapes(model, {}, env) as (copy, _, mode):
-        call(copy().eval(), with_tensors(feed, lambda tensor: symbolic(mode, tensor)), **fixed)
+        call(copy().eval(), with_tensors(feed, lambda tensor: symbolic(mode, tensor)), **uncached(model))
     found: dict[str, Guard] = {}
     for asked in env.guards:
         condition = asked.expr
@@ -70,7 +70,6 @@ def size_guards(model: nn.Module, feed: Inputs) -> tuple[Guard, ...]:
         if condition.func.__name__ == "Equality" and len(used) == 1 and "Mod(" not in str(condition):
             continue
         if used and len(used) == len(condition.free_symbols):
-            numbers = frozenset(int(n) for n in condition.atoms() if getattr(n, "is_Integer", False))
-            guard = Guard(condition, used, numbers)
+            guard = Guard(condition, used)
             found.setdefault(str(guard), guard)
     return tuple(found.values())

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shear_ir.frontend.feeds import call, tensors_in
+from shear_ir.frontend.feeds import call, tensors_in, uncached
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
 from shear_ir.program import Held, Program, module_path
@@ -116,7 +116,6 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     A value is known by the module that made it, and in that module by its number, so that what one module does
     otherwise is no other way of the next.
     """
-    fixed = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     paths = {id(module): path for path, module in model.named_modules()}
     running: list[str] = []
     found: dict[str, list[Any]] = defaultdict(list)
@@ -152,7 +151,7 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     ]
     try:
         with _WithoutDropout(), Record():  # type: ignore[no-untyped-call]  # as above
-            call(model, feed, **fixed)
+            call(model, feed, **uncached(model))
     finally:
         for hook in hooks:
             hook.remove()
