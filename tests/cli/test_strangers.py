@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.conftest import Shear
 from tests.cli.strangers import ADAPTER, CASES, DATA, EVAL, GROUPS, INPUTS, KNOWLEDGE, PLAN, RECIPE, SMALL, Case, build
-from tests.cli.test_strangers_code import HOSTILE
+from tests.cli.test_strangers_code import hostile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,12 +29,8 @@ def here(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """A copy, as the current folder, with a module in it that tells when it is imported."""
     here = tmp_path / "here"
     shutil.copytree(whole, here)
-    (here / "evil.py").write_text(HOSTILE)
-    monkeypatch.chdir(here)
-    monkeypatch.syspath_prepend(str(here))
-    yield here
-    assert not (here / "marker").exists(), "code of a file ran"
-    assert "evil" not in sys.modules
+    with hostile(here, monkeypatch):
+        yield here
 
 
 # Every third by default, of all kinds of files; all of them with `-m thorough`.

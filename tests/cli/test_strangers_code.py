@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,21 @@ make = score = Model = Tokenizer = builder = lambda *a, **k: None
 """
 
 
+@contextmanager
+def hostile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, first on the path of imports as under ``python -m``, with a module that tells of itself."""
+    (folder / "evil.py").write_text(HOSTILE)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    assert not (folder / "marker").exists(), "code of a file ran"
+    assert "evil" not in sys.modules
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, first on the path of imports as under ``python -m``, with a module that tells of itself."""
-    (tmp_path / "evil.py").write_text(HOSTILE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
-    assert not (tmp_path / "marker").exists(), "code of a file ran"
-    assert "evil" not in sys.modules
+    with hostile(tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
