@@ -16,11 +16,11 @@ from shear_backends import depth, judge, masked_blocks, readback
 from shear_ir import pipeline
 from shear_ir.frontend import export
 from shear_ir.frontend.feeds import inputs_of, kept
+from shear_ir.frontend.state import State
 from shear_ir.program import Program
 
 _KNOWN: OrderedDict[Hashable, Program] = OrderedDict()
 _MOST = 96
-_PLAIN = (bool, int, float, str, tuple, list, type(None))
 _TRACING = ((pipeline, "_trace"), (judge, "trace"), (masked_blocks, "trace"), (depth, "trace"), (readback, "trace"))
 
 
@@ -63,20 +63,11 @@ def _changed(module: nn.Module) -> bool:
 
 
 def _structure(model: nn.Module) -> Hashable:
-    """All that a graph depends on: classes, plain attributes, configs, and the kinds of tensors."""
+    """All that a graph depends on: what a trace is kept for, which tensors are one, and which are trained."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
+    state = State.of(model)
     return (
-        tuple((path, type(module), _attributes(module)) for path, module in model.named_modules()),
-        tuple((n, first.setdefault(id(t), n), t.shape, t.dtype, t.device, t.requires_grad) for n, t in tensors),
-        repr(vars(model).get("peft_config")),
+        repr((state.tensors, state.modules, state.config)),
+        tuple((first.setdefault(id(t), n), t.requires_grad) for n, t in tensors),
     )
-
-
-def _attributes(module: nn.Module) -> str:
-    plain = {k: v for k, v in vars(module).items() if _is_plain(v) and k != "training"}
-    return repr((plain, getattr(module, "config", None)))
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (isinstance(value, dict) and all(isinstance(v, _PLAIN) for v in value.values()))
