@@ -20,8 +20,9 @@ from shear_ir.frontend.kept import forget_kept
 from shear_ir.frontend.unchanged import copied
 
 _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-_AT_ONCE = 1 << 22
-"""Entries of a weight that are converted at once, where a product allows it."""
+_IN_PARTS = (torch.ops.aten.t.default, torch.ops.aten.embedding.default)
+_AT_ONCE = 1 << 20
+"""Entries of a weight that are converted at once, where an operator allows it."""
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
 
@@ -64,15 +65,18 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         self.buffers = {id(t): t for t in model.buffers()}
         self.places = {place: key for key, t in self.parameters.items() if (place := _place(t)) is not None}
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self.later: dict[int, Tensor] = {}
+        self.later: dict[int, tuple[Tensor, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.t.default and self._is_large(args[0]):
+        key = self._large(args[0]) if func in _IN_PARTS else None
+        if key is not None and func is torch.ops.aten.embedding.default:
+            return self._looked_up(key, args[1])
+        if key is not None:
             later = func(*args)
-            self.later[id(later)] = later
+            self.later[id(later)] = (later, key)
             return later
         if func in _PRODUCTS and id(args[-1]) in self.later and not kwargs:
-            return self._by_columns(args[-1], *map(self._given, args[:-1]))
+            return self._by_columns(self.later[id(args[-1])][1], *map(self._given, args[:-1]))
         args, kwargs = tree_map(self._given, (args, kwargs or {}))
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype is torch.float64:
             return _grouped_products(*args, **kwargs)
@@ -86,6 +90,8 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         key = self._parameter(value)
         if key is not None:
             return self._read(key, value)
+        if id(value) in self.later:
+            return self._read(self.later[id(value)][1], self.parameters[self.later[id(value)][1]]).t()
         if id(value) in self.kept:
             return self.kept[id(value)][1]
         dtype = self._raised(value.dtype)
@@ -95,17 +101,33 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         self.kept[id(value)] = (value, self._masked(id(value), value.to(dtype, copy=True)))
         return self.kept[id(value)][1]
 
-    def _is_large(self, value: Tensor) -> bool:
-        """Whether a matrix, as of a head over a vocabulary, is converted a few columns of its product at a time."""
-        key = self._parameter(value)
-        read_as_it_is = key is not None and not any(key in each for each in (self.masks, self.values, self.nudged))
-        return read_as_it_is and value.numel() > _AT_ONCE and self._raised(value.dtype) is not value.dtype
+    def _large(self, value: Tensor) -> int | None:
+        """The id of a matrix, as of a vocabulary, of which a few rows are converted at a time; None for another."""
+        large = value.numel() > _AT_ONCE and self._raised(value.dtype) is not value.dtype
+        key = self._parameter(value) if large else None
+        return None if key in self.nudged else key
 
-    def _by_columns(self, matrix: Tensor, *others: Tensor) -> Tensor:
-        """``others[-1] @ matrix``, and ``others[0]`` added where there are two; ``matrix`` has shape ``(in, out)``."""
-        step = max(1, _AT_ONCE // len(matrix))
-        parts = [others[-1] @ matrix[:, i : i + step].to(others[-1]) for i in range(0, matrix.shape[1], step)]
-        made = torch.cat(parts, -1)
+    def _rows(self, key: int, indices: Tensor) -> Tensor:
+        """These rows of a parameter, as they read; shape ``(len(indices), in)``."""
+        own = self.values.get(key, self.parameters[key]).detach().index_select(0, indices)
+        own = own.to(self._raised(own.dtype))
+        for fill in self.masks.get(key, ()):
+            gone = fill.gone if fill.dim else torch.isin(indices, fill.gone.to(indices)).nonzero()[:, 0]
+            own.index_fill_(fill.dim, gone, fill.value)
+        return own
+
+    def _looked_up(self, key: int, indices: Tensor) -> Tensor:
+        used, places = torch.unique(indices, return_inverse=True)
+        return self._rows(key, used)[places]
+
+    def _by_columns(self, key: int, *others: Tensor) -> Tensor:
+        """``others[-1]`` times a parameter ``(out, in)``, transposed, plus ``others[0]`` where there are two."""
+        out, width = self.parameters[key].shape
+        step, device = max(1, _AT_ONCE // width), self.parameters[key].device
+        made = others[-1].new_empty(len(others[-1]), out)
+        for i in range(0, out, step):
+            part = torch.arange(i, min(i + step, out), device=device)
+            made[:, i : i + step] = others[-1] @ self._rows(key, part).to(others[-1]).t()
         return made if len(others) == 1 else made + others[0]
 
     def _made(self, value: Any) -> Any:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from typing import NoReturn
 from shear_ir.errors import ShearError
 
 DEBUG = "--debug"
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _LONGEST = 290
 """Characters of a sentence; what names a file or its contents may be of any length."""
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line on ``arguments`` (those of the process when None) and exit with its code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG in given
+    _return_large_memory()
     try:
         with _interruptible(), _quiet(unless=debug):
             code = _run([a for a in given if a != DEBUG], debug)
@@ -44,6 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = 128 + stop.number
     raise SystemExit(code)
+
+
+def _return_large_memory() -> None:
+    """Give tensors of a MiB or more pages of their own, so that what is freed goes back.
+
+    Left alone, glibc comes to keep tensors of up to 32 MiB on its heap, where a few small ones between them hold all of
+    it: the peak of ``prune`` is then half as large again.
+    """
+    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and needs none
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _run(arguments: list[str], debug: bool) -> int:

@@ -130,7 +130,7 @@ BlockImportanceOption = Annotated[
         help="Criterion that says which blocks matter, where kinds of blocks are cut beside others.",
     ),
 ]  # fmt: skip
-SeedOption = Annotated[int | None, typer.Option(help="Seed of a random criterion.", show_default="0")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of a random criterion.", show_default="0", min=0)]
 StockOption = Annotated[
     bool | None,
     typer.Option(

@@ -50,7 +50,7 @@ def recover(
         int | None, typer.Option(help="At most so many tokens per stage.", show_default="the recipe's", min=1)
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.", show_default="the recipe's")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the training.", show_default="the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the training.", show_default="the recipe's", min=0)] = None,
     keep_adapters: Annotated[
         bool, typer.Option("--keep-adapters", help="Save the last stage's adapters beside the model, not in it.")
     ] = False,

@@ -48,7 +48,7 @@ def sweep(
     kinds: options.KindsOption = None,
     round_to: options.RoundToOption = None,
     samples: options.SamplesOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of the rows that are drawn, and of random criteria.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the rows that are drawn, and of random criteria.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Rows per forward pass.", min=1)] = 8,
     device: options.DeviceOption = None,
     trust_remote_code: options.TrustOption = False,

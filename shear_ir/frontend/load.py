@@ -135,9 +135,13 @@ def require_finite(model: nn.Module, where: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
             continue
-        # The sum is finite where all are; a large one may overflow, so then all are looked at.
-        if not math.isfinite(parameter.detach().sum(dtype=torch.float64).item()):
-            bad = int((~torch.isfinite(parameter.detach())).sum())
+        # The sum is finite where all are; a large one may overflow, so then all are looked at. Some at a time, since
+        # each is made a float64 to be summed.
+        own = parameter.detach()
+        if not all(
+            math.isfinite(part.sum(dtype=torch.float64).item()) for part in torch.split(own.reshape(-1), 1 << 20)
+        ):
+            bad = int((~torch.isfinite(own)).count_nonzero())
             if bad:
                 raise LoadError(f"{where}: {bad:,} of the {parameter.numel():,} numbers of {name} are not finite")
 

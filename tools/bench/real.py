@@ -99,18 +99,20 @@ def line(name: tuple[str, float, str], found: Mapping[str, Any], imports: int) -
     return "| " + " | ".join(cells) + " |"
 
 
-def markdown(cells: Mapping[tuple[str, float, str], Mapping[str, Any]], imports: int, samples: int = SAMPLES) -> str:
+def markdown(
+    cells: Mapping[tuple[str, float, str], Mapping[str, Any]], imports: Mapping[str, int], samples: int = SAMPLES
+) -> str:
     """The table for people."""
     lines = [
         "# SmolLM2-135M-Instruct, pruned by the default command", "",
         f"`python tools/bench/real.py` made this page; flap stands for FLAP on {samples} rows with least squares. gap: "
         "how far the result is from the masked original in float64, noise: how far that is from itself in the model's "
-        f"own precision, bound: what rounding explains. Memory: peak above the imports ({imports / 1e6:.0f} MB), in "
-        "checkpoints.", "",
+        f"own precision, bound: what rounding explains. Memory: peak above the imports ("
+        f"{', '.join(f'{how}: {size / 1e6:.0f} MB' for how, size in imports.items())}), in checkpoints.", "",
         "| weights | ratio | how | exit | stock | generates | judge | gap | noise | bound | memory | seconds |",
         "|---|---:|---|---:|---|---|---|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
-    lines += [line(name, found, imports) for name, found in cells.items()]
+    lines += [line(name, found, imports[name[2]]) for name, found in cells.items()]
     refused = [f"- {d} {r:g} {h}: {f['error'].splitlines()[-1]}" for (d, r, h), f in cells.items() if f["exit"]]
     lines += ["", *refused] if refused else []
     return "\n".join([*lines, "", f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={_threads()}.", ""])
@@ -131,7 +133,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     data = _fetched("tools.make_texts", "make()")
     models = {d: _fetched("tools.fetch_models", f"fetch({DTYPES[d]!r})") for d in {d for d, _, _ in wanted}}
-    imports = measured(["-c", IMPORTS], out / "imports.log")["peak"]
+    # Files of rows are read by a library of its own, where there are any.
+    imports = {
+        how: measured(["-c", IMPORTS + (", datasets" if how == "flap" else "")], out / "imports.log")["peak"]
+        for how in {how for _, _, how in wanted}
+    }
     cells = {}
     for d, r, h in wanted:
         folder = out / f"{d}-{r:g}-{h}"

@@ -163,7 +163,8 @@ class Calibration:
                         "predicted (rows of one token, all of it padding), or the model's own numbers overflow"
                     )
             else:
-                call(self.model, feed if self.whole or "labels" in feed else {**feed, **_few_logits(self.model)})
+                with nullcontext(False) if self.whole else _headless(self.model) as causal:
+                    call(self.model, {k: v for k, v in feed.items() if k != "labels"} if causal else feed)
             if backward:
                 assert step.loss is not None
                 step.loss.backward()  # type: ignore[no-untyped-call]
@@ -237,12 +238,22 @@ def call(model: nn.Module, feed: Inputs) -> Any:
         ) from failure
 
 
-def _few_logits(model: nn.Module) -> Inputs:
-    """What makes a language model leave out the logits of all but the last token, where nothing looks at its head."""
+@contextmanager
+def _headless(model: nn.Module) -> Iterator[bool]:
+    """Within it, a causal language model makes no logits, which are larger than all else; whether that is so.
+
+    Its head is called all the same, so that hooks see what it reads.
+    """
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) and "logits_to_keep" in _arguments(model) else None
-    watched = head is None or bool(head._forward_pre_hooks or head._forward_hooks)
-    return {} if watched else {"logits_to_keep": 1}
+    head = find() if callable(find) and _is_causal(model) else None
+    if not isinstance(head, nn.Linear) or head._forward_hooks or "forward" in vars(head):
+        yield False
+        return
+    vars(head)["forward"] = lambda read: read[..., :1]
+    try:
+        yield True
+    finally:
+        del vars(head)["forward"]
 
 
 def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:

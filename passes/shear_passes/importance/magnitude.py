@@ -21,6 +21,9 @@ from shear_passes.importance.base import (
     weights_of,
 )
 
+_AT_ONCE = 1 << 20
+"""Entries of a weight that are converted at once."""
+
 
 @dataclass(frozen=True)
 class Magnitude(Importance):
@@ -40,7 +43,13 @@ class Magnitude(Importance):
 
     def _powers(self, weight: Tensor, dim: int) -> Score:
         """The sum of ``|w|^p`` at every index of ``dim``."""
-        weight = weight.detach().float()
         others = [d for d in range(weight.dim()) if d != dim]
-        norm = torch.linalg.vector_norm(weight, ord=self.p, dim=others) if others else weight.abs()
+
+        def norm_of(part: Tensor) -> Tensor:
+            part = part.float()
+            return torch.linalg.vector_norm(part, ord=self.p, dim=others) if others else part.abs()
+
+        # A few units at a time, since all of an embedding in float32 are as large as the model.
+        count = max(1, _AT_ONCE * weight.shape[dim] // max(1, weight.numel()))
+        norm = torch.cat([norm_of(part) for part in torch.split(weight.detach(), count, dim)])
         return cast(Score, norm.double().pow(self.p).cpu().numpy())

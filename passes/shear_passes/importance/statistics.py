@@ -21,6 +21,9 @@ from shear_passes.importance.base import Statistic
 from shear_passes.importance.calibration import Calibration, Data, Observer
 from shear_passes.importance.products import ProductWatch
 
+_AT_ONCE = 1 << 20
+"""Numbers of a batch that are looked at at once."""
+
 
 @dataclass(eq=False)
 class Moments:
@@ -53,7 +56,13 @@ class Moments:
 
         Means are combined as by Chan, Golub and LeVeque (1983), so that large means do not eat small variances.
         """
-        x = x.detach()
+        # A few sequences at a time, since there are several copies of them in higher precision.
+        step = max(1, _AT_ONCE // max(1, x[0].numel())) if len(x) else 1
+        for start in range(0, len(x), step):
+            rows = slice(start, start + step)
+            self._update(x[rows].detach(), None if valid is None else valid[rows], gram)
+
+    def _update(self, x: Tensor, valid: Tensor | None, gram: bool) -> None:
         x = x if x.dtype == torch.float64 else x.float()
         weight = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device) if valid is None else valid.to(x)
         tokens = weight.sum(1)
