@@ -7,6 +7,7 @@ import torch
 
 from shear_ir.frontend.export import tensors_of
 from shear_ir.frontend.inputs import example_inputs
+from tests.traces import _structure
 from tests.zoo import FAMILIES
 
 
@@ -22,3 +23,9 @@ def test_a_model_of_the_zoo_runs_and_has_no_zero(name: str) -> None:
     assert logits.isfinite().all()
     assert logits.std() > 0.1
     assert sum(p.numel() for p in model.parameters()) < 70_000
+
+
+def test_two_ways_to_run_experts_do_not_share_a_trace() -> None:
+    """They differ by a private setting of the config alone, which its repr leaves out."""
+    assert _structure(FAMILIES["mixtral"]()) != _structure(FAMILIES["mixtral_batched"]())
+    assert _structure(FAMILIES["mixtral"]()) == _structure(FAMILIES["mixtral"]())

@@ -91,7 +91,8 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         if key is not None:
             return self._read(key, value)
         if id(value) in self.later:
-            return self._read(self.later[id(value)][1], self.parameters[self.later[id(value)][1]]).t()
+            key = self.later[id(value)][1]
+            return self._read(key, self.parameters[key]).t()
         if id(value) in self.kept:
             return self.kept[id(value)][1]
         dtype = self._raised(value.dtype)

@@ -53,10 +53,10 @@ def _return_large_memory() -> None:
     """Give tensors of a MiB or more pages of their own, so that what is freed goes back.
 
     Left alone, glibc comes to keep tensors of up to 32 MiB on its heap, where a few small ones between them hold all of
-    it: the peak of ``prune`` is then half as large again.
+    it. Other C libraries have no such switch.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none, and needs none
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 

@@ -138,9 +138,8 @@ def require_finite(model: nn.Module, where: str) -> None:
         # The sum is finite where all are; a large one may overflow, so then all are looked at. Some at a time, since
         # each is made a float64 to be summed.
         own = parameter.detach()
-        if not all(
-            math.isfinite(part.sum(dtype=torch.float64).item()) for part in torch.split(own.reshape(-1), 1 << 20)
-        ):
+        sums = (part.sum(dtype=torch.float64).item() for part in torch.split(own.reshape(-1), 1 << 20))
+        if not all(map(math.isfinite, sums)):
             bad = int((~torch.isfinite(own)).count_nonzero())
             if bad:
                 raise LoadError(f"{where}: {bad:,} of the {parameter.numel():,} numbers of {name} are not finite")

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import shear_ir as sir
+from shear_backends import precision
+from shear_backends.precision import Fill, InPrecision
 from shear_backends.verify import difference
 from tests.zoo import build
 
@@ -45,3 +48,29 @@ def test_equal_infinities_agree_and_nan_in_any_tensor_stays() -> None:
     assert difference([inf], [inf.clone()]) == 0.0
     assert difference([inf], [-inf]) == math.inf
     assert math.isnan(difference([inf, nan], [inf, nan]))
+
+
+@pytest.mark.parametrize("fills", [[], [Fill(0, torch.tensor([1, 4]))], [Fill(1, torch.tensor([0, 2]), -1.0)]])
+@pytest.mark.parametrize("nudged", [False, True])
+def test_a_matrix_that_is_converted_in_parts_reads_as_the_whole(
+    fills: list[Fill], nudged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked up, multiplied with and without a bias, and used otherwise than by a product."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"table": nn.Embedding(9, 5), "head": nn.Linear(5, 9)}).bfloat16()
+    model["head"].weight = model["table"].weight
+    weight, bias = model["head"].weight, model["head"].bias
+    tokens = torch.tensor([[4, 1, 8], [4, 0, 1]])
+    masks, steps = {id(weight): fills}, {id(weight): 0.1} if nudged else {}
+
+    def asked() -> tuple[torch.Tensor, ...]:
+        with torch.no_grad(), InPrecision(torch.float64, model, masks, None, steps):
+            found = model["table"](tokens)
+            rows = found.flatten(0, 1)
+            return found, rows @ weight.t(), nn.functional.linear(rows, weight, bias), weight.t() + 1
+
+    whole = asked()
+    monkeypatch.setattr(precision, "_AT_ONCE", 7)
+    for part, expected in zip(asked(), whole, strict=True):
+        assert part.dtype is torch.float64
+        torch.testing.assert_close(part, expected, rtol=1e-14, atol=1e-14)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
+from shear_passes.importance import statistics
 from shear_passes.importance.calibration import Calibration, Data
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
 from tests.calibrated import traced
@@ -182,3 +183,31 @@ def test_the_model_is_left_as_it_was() -> None:
     model.eval()
     assert all(not m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p, before[n]) and p.grad is None and p.requires_grad for n, p in model.named_parameters())
+
+
+def test_many_sequences_are_looked_at_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, valid = torch.randn(7, 5, 4) + 3, torch.rand(7, 5) > 0.3
+    valid[2] = False
+    whole, parts = Moments(), Moments()
+    whole.update(x, valid, gram=True)
+    monkeypatch.setattr(statistics, "_AT_ONCE", 2 * 5 * 4)
+    parts.update(x, valid, gram=True)
+    assert (parts.count, parts.rows) == (whole.count, whole.rows) == (int(valid.sum()), 6)
+    for name in ("mean", "deviations", "row_means", "gram"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_logits_that_nothing_reads_are_not_made(labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, *_ = traced("llama_gqa")
+    data = [{**batch, **({"labels": batch["input_ids"]} if labels else {})} for batch in batches()]
+    expected = inputs_of(model, "lm_head", data)
+    head, product, made = model.lm_head.weight, nn.functional.linear, []
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.functional, "linear", lambda x, w, *b: made.append(w is head) or product(x, w, *b))
+        found = read(model, data)
+    assert made
+    assert not any(made)
+    agree(found["lm_head.weight", 1], expected)
+    assert "forward" not in vars(model.lm_head)

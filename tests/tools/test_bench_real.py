@@ -25,8 +25,9 @@ def test_what_is_refused_is_told_below_the_table() -> None:
     refused = found(exit=2, verified=None, stock=None, writes=None, error="loading\nerror: it differs")
     text = real.markdown(
         {("fp32", 0.2, "flap"): found(), ("bf16", 0.3, "magnitude"): refused},
-        {"flap": 400_000_000, "magnitude": 400_000_000},
+        {"flap": 500_000_000, "magnitude": 400_000_000},
     )
+    assert "(flap: 500 MB, magnitude: 400 MB)" in text
     assert "| bf16 | 0.3 | magnitude | 2 | no | no | – | – | – | – | 3.2 | 214 |" in text
     assert "\n- bf16 0.3 magnitude: error: it differs\n" in text
 

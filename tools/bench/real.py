@@ -136,7 +136,7 @@ def main(
     # Files of rows are read by a library of its own, where there are any.
     imports = {
         how: measured(["-c", IMPORTS + (", datasets" if how == "flap" else "")], out / "imports.log")["peak"]
-        for how in {how for _, _, how in wanted}
+        for how in dict.fromkeys(how for _, _, how in wanted)
     }
     cells = {}
     for d, r, h in wanted:

@@ -245,7 +245,9 @@ def _headless(model: nn.Module) -> Iterator[bool]:
     Its head is called all the same, so that hooks see what it reads.
     """
     find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) and _is_causal(model) else None
+    # Only one that may leave logits out makes nothing else of them.
+    last = _is_causal(model) and "logits_to_keep" in _arguments(model)
+    head = find() if callable(find) and last else None
     if not isinstance(head, nn.Linear) or head._forward_hooks or "forward" in vars(head):
         yield False
         return
