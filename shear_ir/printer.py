@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import fx
 
-from shear_ir.program import Param, Program, TensorType, module_path
+from shear_ir.nodes import module_path
+
+if TYPE_CHECKING:  # a Program prints itself
+    from shear_ir.program import Param, Program, TensorType
 
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",

@@ -8,24 +8,19 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from pathlib import PurePath
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
+from shear_ir.printer import plain
+
 Shape = tuple[int, ...]
 TensorKind = Literal["parameter", "buffer", "constant"]
-
-_FRAME = re.compile(r'File "(.*)", line (\d+), in .*')
-_MACHINERY = ("/torch/", "/peft/tuners/", "/shear_ir/frontend/")
-"""Folders of code that runs a model and is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +48,6 @@ class Param:
         for size in self.type.shape:
             count *= size
         return count
-
-
-@dataclass(frozen=True)
-class SourceLine:
-    """A line of code; as text without the folder, which tells more of the machine than of the model."""
-
-    file: str
-    line: int
-    code: str
-
-    @property
-    def place(self) -> str:
-        """``modeling_llama.py:241``."""
-        return f"{PurePath(self.file).name}:{self.line}"
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.code}"
 
 
 @dataclass(frozen=True)
@@ -128,8 +106,6 @@ class Program:
     feed: Feed | None = field(default=None, repr=False)
     held: Mapping[str, Held] = field(default_factory=dict)
 
-    # The two methods that ask for what lies above this layer find it by name.
-
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Every node in order of execution."""
@@ -185,46 +161,11 @@ class Program:
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def to_networkx(self) -> Any:
-        """The dependency graph of parameters, groups and ops: see ``shear_passes.analysis.dependency_graph``."""
-        return import_module("shear_ir.pipeline").dependency_graph(self)
-
     def __str__(self) -> str:
-        return str(import_module("shear_ir.printer").plain(self))
+        return plain(self)
 
 
 def holds(guard: str, inputs: Mapping[str, Tensor]) -> bool:
     """Whether inputs by name are as a guard of a Program says."""
     names = {**SYMPY_INTERP, "math": math, "inf": math.inf}
     return bool(eval(guard, names, dict(inputs)))  # written by torch.export, out of sizes alone
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module the node was traced in; empty at the root."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(list(stack.values())[-1][0])
-
-
-def source_line(node: fx.Node) -> SourceLine | None:
-    """The innermost line of the model's own source that made the node; None when unknown."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    for place in range(len(lines) - 2, -1, -1):
-        frame = _FRAME.fullmatch(lines[place])
-        if frame and not any(folder in frame[1] for folder in _MACHINERY):
-            return SourceLine(frame[1], int(frame[2]), lines[place + 1])
-    return None
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes a call reads, in the order of its arguments, repeated as often as they stand there."""
-    found: list[fx.Node] = []
-
-    def take(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            found.append(value)
-        return value
-
-    fx.map_arg((node.args, node.kwargs), take)
-    return found

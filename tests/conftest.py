@@ -93,7 +93,7 @@ def smollm2_bf16() -> Path:
 
 
 def _fetched(name: str) -> Path:
-    from tools.fetch_models import found
+    from fetch_models import found
 
     folder = found(name)
     if folder is None:
@@ -105,5 +105,5 @@ def _fetched(name: str) -> Path:
 def only_the_length_of_the_trace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are compared with the sheared program at one length, which is quicker; ``lengths`` marks the others."""
     if request.node.get_closest_marker("lengths") is None:
-        monkeypatch.setattr("shear_backends.judge._further", lambda model, groups, feed: None)
-        monkeypatch.setattr("shear_backends.verify.past_guards", lambda model, tried: ())
+        monkeypatch.setattr("shear_backends.module.judge._further", lambda model, groups, feed: None)
+        monkeypatch.setattr("shear_backends.verify.numbers.past_guards", lambda model, tried: ())

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.graph import graph_module, tensors_of
-from shear_backends.verify import Report, evaluation, masked, run, verify
+from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.verify.numbers import Report, evaluation, masked, run, verify
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import BlockGroup, Group, Groups
+from shear_passes.rewrite.cuts import build_plan
 from shear_passes.rewrite.shear import shear_program, shear_tensors
-from shear_passes.select.build import build_plan
 from tests.zoo import FAMILIES
 
 HEADS = ("kv_head", "query_group")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends import masked_blocks
-from shear_backends.verify import difference
+from shear_backends.verify import masked_blocks
+from shear_backends.verify.numbers import difference
 from shear_ir.frontend.export import trace as trace_graph
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.plans import Plan, original, renumbered

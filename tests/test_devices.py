@@ -12,12 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_ir.training import rounds
-from shear_ir.training.evaluate import evaluate, evaluate_sources
-from shear_ir.training.knowledge import measure_knowledge
-from shear_ir.training.pruning import Pruning, prune
-from shear_ir.training.recovery import Recovery, recover
-from shear_ir.training.schedule import Periods
 from shear_passes.importance.base import Importance
 from shear_passes.importance.block_influence import BlockInfluence
 from shear_passes.importance.bonsai import Bonsai
@@ -27,6 +21,12 @@ from shear_passes.importance.mini_llm import MiniLlm
 from shear_passes.importance.reading import Flap, Minitron, Wanda
 from shear_passes.importance.reap import Reap
 from shear_passes.importance.taylor import Taylor
+from shear_training import rounds
+from shear_training.evaluate import evaluate, evaluate_sources
+from shear_training.knowledge import measure_knowledge
+from shear_training.pruning import Pruning, prune
+from shear_training.recovery import Recovery, recover
+from shear_training.schedule import Periods
 from tests.pretend_device import Pretend
 from tests.training.recovering import sources
 from tests.training.tiny import adapted, base_groups, lhspg, tokens

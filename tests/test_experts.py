@@ -17,7 +17,7 @@ from torch import nn
 
 import shear_ir as sir
 from shear_ir.plans import Plan
-from shear_ir.training.lhspg import LHSPG
+from shear_training.lhspg import LHSPG
 from tests.oracle.locality import check_calls
 from tests.roads import Traced, outputs, same, trace
 from tests.zoo import randomised

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_backends.verify import Report, run
+from shear_backends.verify.numbers import Report, run
 from shear_ir.plans import Plan
 from tests.roads import HEADS, Traced, counted, greedy, outputs, same, traced
 from tests.zoo import FAMILIES

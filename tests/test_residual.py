@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
+from shear_passes.rewrite.cuts import masks_of
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
-from shear_passes.select.build import masks_of
 from tests.roads import outputs, same, trace, traced, units
 
 

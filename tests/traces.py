@@ -12,12 +12,14 @@ import pytest
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from shear_backends import depth, judge, masked_blocks, readback
-from shear_ir import pipeline
+from shear_backends.module import depth, judge
+from shear_backends.store import readback
+from shear_backends.verify import masked_blocks
 from shear_ir.frontend import export
 from shear_ir.frontend.feeds import inputs_of, kept
 from shear_ir.frontend.state import State
 from shear_ir.program import Program
+from shear_tools.api import pipeline
 
 _KNOWN: OrderedDict[Hashable, Program] = OrderedDict()
 _MOST = 96

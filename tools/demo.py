@@ -32,19 +32,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shear_ir as sir
+from fetch_models import FetchError, fetch
+from make_texts import TextError, make
 from shear_backends.draw import draw
 from shear_ir.errors import ShearError
 from shear_ir.frontend.load import load_model, quiet
-from shear_ir.training.data import held_out, load_data
-from shear_ir.training.evaluate import evaluate
-from shear_ir.workflow.measure import compare_speed, sample
+from shear_tools.workflow.measure import compare_speed, sample
+from shear_training.data import held_out, load_data
+from shear_training.evaluate import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tools.fetch_models import FetchError, fetch  # noqa: E402  # beside this file, which runs from anywhere
-from tools.make_texts import TextError, make  # noqa: E402  # the same
-
 SMALL = ROOT / "tools" / "assets" / "tiny-llama"
 RATIO = 0.2
 ROWS = 32
@@ -91,7 +88,7 @@ def real_model(out: Path) -> dict[str, Any]:
     command = ["prune", shown(dense), "--ratio", f"{RATIO:g}", *options, "-o", shown(small)]
     typed = shlex.join(["shear-ir", *command]).replace(f"{out.name}/", f"{out.name.removesuffix('.new')}/")
     console.print(f"$ {typed}", markup=False, highlight=False, soft_wrap=True)
-    run = [sys.executable, "-m", "shear_ir", *command, "--json"]
+    run = [sys.executable, "-m", "shear_tools", *command, "--json"]
     with timed() as took:
         done = subprocess.run(run, stdout=subprocess.PIPE, check=False)
     if done.returncode:

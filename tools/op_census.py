@@ -26,10 +26,11 @@ from shear_ir.errors import LoadError, ShearError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.load import load_model
 from shear_ir.manager import AnalysisManager
-from shear_ir.program import Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.rules.pointwise import pointwise_entry
-from shear_passes.rules.registry import entry_of, op_name
+from shear_passes.ops.pointwise import pointwise_entry
+from shear_passes.ops.registry import entry_of, op_name
 
 
 @dataclass(frozen=True)

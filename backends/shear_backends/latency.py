@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shear_backends.verify import evaluation
+from shear_backends.verify.numbers import evaluation
 from shear_ir.errors import OutOfReach, PlanError, TooLittle
 from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs, device_of

@@ -1,24 +1,20 @@
-"""Pipelines as text: ``select-uniform{ratio=0.2 round_to=8},shear,dead-code``, the spelling that passes print.
+"""Passes as text: ``select-uniform{ratio=0.2 round_to=8}``, the spelling that they print.
 
-``parse_pipeline`` reads what ``str(PassManager(passes))`` writes. Names and options are those of the classes: every
-concrete Analysis or Rewrite of this package has a spelling, and its dataclass fields are its options.
+Names and options are those of the classes: every concrete Analysis or Rewrite has a spelling, and its dataclass fields
+are its options. A name is known once its class is imported: ``shear_passes.pipelines`` reads whole pipelines.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
-import importlib
 import json
-import pkgutil
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-import shear_passes
 from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis, Pass, Rewrite
 
@@ -28,25 +24,11 @@ _OPENING, _CLOSING = "{[", "}]"
 _SPELLED = re.compile(r"(?P<name>[A-Za-z][\w-]*)\s*(?:\{(?P<options>.*)\})?", re.DOTALL)
 
 
-@functools.cache
 def known_passes() -> Mapping[str, type[Pass]]:
-    """Every pass of this package by the name it is spelled with, sorted."""
-    for module in pkgutil.walk_packages(shear_passes.__path__, f"{shear_passes.__name__}."):
-        importlib.import_module(module.name)
-    ours = [cls for cls in (*_below(Analysis), *_below(Rewrite)) if cls.__module__.startswith(shear_passes.__name__)]
+    """Every pass of ours that is imported, by the name it is spelled with, sorted."""
+    ours = [cls for cls in (*_below(Analysis), *_below(Rewrite)) if cls.__module__.startswith("shear_")]
     found = {cls.name(): cls for cls in ours if not getattr(cls.run, "__isabstractmethod__", False)}
     return types.MappingProxyType(dict(sorted(found.items())))
-
-
-def parse_pipeline(text: str) -> list[Pass]:
-    """The passes that ``text`` spells, in order.
-
-    Raises ``PlanError`` for an unknown pass or option, with the names near it, and for a value of the wrong type.
-    """
-    parts = [part.strip() for part in _split(text, ",")]
-    if not all(parts):
-        raise PlanError(f"the pipeline '{text}' has an empty place: passes are separated by single commas")
-    return [parse_pass(part) for part in parts]
 
 
 def parse_pass(text: str) -> Pass:
@@ -63,7 +45,7 @@ def parse_pass(text: str) -> Pass:
 def with_options(cls: type[P], text: str) -> P:
     """A pass with the options that ``text`` spells, as in ``ratio=0.2 kinds=[ffn,kv_head]``; raises ``PlanError``."""
     options: dict[str, Any] = {}
-    for option in filter(None, _split(text, None)):
+    for option in filter(None, split_outside(text, None)):
         key, equals, value = option.partition("=")
         if not equals:
             raise PlanError(f"'{option}' is not an option of {cls.name()}: write name=value")
@@ -108,7 +90,7 @@ def _read(text: str, wanted: Any) -> Any:
     if origin in (tuple, list, frozenset):
         if not (text.startswith("[") and text.endswith("]")):
             raise ValueError(text)
-        return origin(_read(item, arguments[0]) for item in _split(text[1:-1], ",") if item)
+        return origin(_read(item, arguments[0]) for item in split_outside(text[1:-1], ",") if item)
     if wanted is bool:
         return {"True": True, "False": False}[text] if text in ("True", "False") else _refuse(text)
     if wanted is type(None):
@@ -146,7 +128,7 @@ def _word(wanted: Any) -> str:
     return words.get(wanted) or str(wanted.__name__).lower()
 
 
-def _split(text: str, at: str | None) -> list[str]:
+def split_outside(text: str, at: str | None) -> list[str]:
     """``text`` cut at ``at`` (white space when None) outside of brackets and quotes; raises ``PlanError``."""
     parts, start, depth, quoted = [], 0, [], False
     place = 0

@@ -28,7 +28,8 @@ from shear_ir.frontend.opaque import Opaque
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.frontend.unchanged import unchanged
 from shear_ir.frontend.ways import mode_readers, other_ways
-from shear_ir.program import ModuleInfo, Param, Program, TensorKind, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import ModuleInfo, Param, Program, TensorKind
 
 _ROOT = "root"
 _LARGEST_OPAQUE = 0.5  # of the parameters: beyond it, a model that was traced would not be one that can be pruned

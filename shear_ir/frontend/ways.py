@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shear_ir.frontend.feeds import call, tensors_in, uncached
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
-from shear_ir.program import Held, Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Held, Program
 
 
 def other_ways(model: nn.Module, program: Program, feed: Inputs, readers: set[str]) -> dict[str, Held]:

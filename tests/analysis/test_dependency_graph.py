@@ -21,7 +21,7 @@ class GatedMLP(nn.Module):
 
 def test_a_group_points_at_every_parameter_it_slices_and_data_flows_to_the_output() -> None:
     program = sir.trace(GatedMLP())
-    graph = program.to_networkx()
+    graph = sir.dependency_graph(program)
     sliced = {name for _, name in graph.out_edges("group:ffn")}
     assert sliced == {f"parameter:{n}" for n in ("gate.weight", "gate.bias", "up.weight", "down.weight")}
     assert graph.nodes["group:ffn"]["size"] == 9

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from shear_backends.verify import difference
+from shear_backends.verify.numbers import difference
 from tests.roads import Traced, outputs, trace
 from tests.zoo import randomised
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tests.rules.typed import typed
+from tests.ops.typed import typed
 
 Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
 INF = float("inf")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_backends.adapted import merged
+from shear_backends.module.adapted import merged
 from shear_ir.frontend.inputs import example_inputs
 from tests.peft_models import adapted, lora, some
 from tests.roads import outputs, same
@@ -248,7 +248,7 @@ def test_nothing_is_left_of_a_save_that_fails_at_an_adapter(tmp_path: Path, monk
         raise OSError("No space left on device")
 
     small = sir.shear(adapted("bert", "query"), base_plan("bert"))
-    monkeypatch.setattr("shear_backends.adapter_store.save_file", full)
+    monkeypatch.setattr("shear_backends.store.adapter.save_file", full)
     with pytest.raises(sir.SaveError, match="No space left on device"):
         sir.save(small, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.select.build import build_plan
+from shear_passes.rewrite.cuts import build_plan
 
 VOCAB, HIDDEN, HEADS, HEAD_DIM, FFN = 19, 12, 3, 4, 30
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import shear_ir as sir
-from shear_backends.fits import Fit, install_fits
+from shear_backends.module.fits import Fit, install_fits
 from shear_ir.errors import ShearingError
 from tests.roads import outputs, same, trace
 from tests.zoo import randomised

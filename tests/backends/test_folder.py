@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shear_backends.folder import refuse_existing, tidy, written_whole
+from shear_backends.store.folder import refuse_existing, tidy, written_whole
 from shear_ir.errors import SaveError
 from shear_ir.writing import locked, write_text
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from shear_backends import folder
+from shear_backends.store import folder
 real, left = os.rename, int(sys.argv[2])
 def rename(*paths):
     global left
@@ -38,7 +38,7 @@ with folder.written_whole(Path(sys.argv[1]), force=True) as beside:
 
 def killed(out: Path, after: int) -> list[str]:
     """What lies beside ``out`` when a writer of it is killed after so many renames."""
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, str(out), str(after)], env={**os.environ, "PYTHONPATH": path}, check=False
     )

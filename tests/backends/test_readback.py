@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.verify import run
+from shear_backends.verify.numbers import run
 from shear_ir.frontend.inputs import example_inputs
 from tests.zoo import build, randomised
 

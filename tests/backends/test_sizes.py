@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.sizes import apart, longer, tiled
-from shear_backends.verify import masked
+from shear_backends.verify.numbers import masked
+from shear_backends.verify.sizes import apart, longer, tiled
 from shear_ir.frontend.feeds import tensors_in
 from tests.zoo import build
 

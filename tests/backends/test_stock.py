@@ -12,12 +12,12 @@ import transformers as hf
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.config_inference import Inference, infer_config
+from shear_backends.module.config_inference import Inference, infer_config
 from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
+from shear_passes.rewrite.cuts import build_plan, masks_of
 from shear_passes.rewrite.rescale_norm import norm_fixes
-from shear_passes.select.build import build_plan, masks_of
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import shear_ir as sir
-from shear_backends.verify import run
+from shear_backends.verify.numbers import run
 from shear_ir.frontend.inputs import example_inputs
 from tests.zoo import build, randomised
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shear_ir as sir
-from shear_backends.sizes import longer
-from shear_backends.structure import first_difference
+from shear_backends.verify.sizes import longer
+from shear_backends.verify.structure import first_difference
 from tests.zoo import build
 
 pytestmark = pytest.mark.lengths

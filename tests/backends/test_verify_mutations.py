@@ -187,7 +187,7 @@ def test_the_report_says_gap_noise_and_bound() -> None:
 
 
 def test_what_the_dense_model_is_from_itself_with_a_cache_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shear_backends import tried
+    from shear_backends.verify import tried
 
     def nearly(model: nn.Module, feed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         (logits,) = tried.run(model, feed)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_backends import precision
-from shear_backends.precision import Fill, InPrecision
-from shear_backends.verify import difference
+from shear_backends.verify import precision
+from shear_backends.verify.numbers import difference
+from shear_backends.verify.precision import Fill, InPrecision
 from tests.zoo import build
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shear_ir.cli import main
+from shear_tools.cli import main
 from tests.traces import shared_traces
 from tests.zoo import build
 

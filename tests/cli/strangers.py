@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import shear_ir as sir
 from shear_ir.frontend.load import load_model
-from shear_ir.training.knowledge import Knowledge, Sensitivity
+from shear_training.knowledge import Knowledge, Sensitivity
 from tests.workflow.tiny import write_data, write_model
 
 Edit = Callable[[Path], None]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shear_ir.cli import Interrupted
-from shear_ir.training.knowledge import Knowledge
-from shear_ir.workflow import measure, stages
-from shear_ir.workflow.recipe import load_recipe
+from shear_tools.cli import Interrupted
+from shear_tools.workflow import measure, stages
+from shear_tools.workflow.recipe import load_recipe
+from shear_training.knowledge import Knowledge
 from tests.cli.conftest import Shear
 from tests.training.tiny import adapted
 from tests.workflow.tiny import RECIPE, write_data, write_model, write_recipe

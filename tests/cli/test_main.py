@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import shear_ir
-from shear_ir.cli import main
+from shear_tools.cli import main
 from tests.cli.conftest import Shear
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ MLP = "tests.cli.factories:mlp"
 
 
 def environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "passes"), str(ROOT / "backends")]
+    paths = [str(ROOT), str(ROOT / "passes"), str(ROOT / "backends"), str(ROOT / "tools")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
@@ -46,7 +46,7 @@ def test_help_lists_every_command_and_no_argument_asks_for_it(shear: Shear) -> N
 def test_help_loads_nothing_heavy() -> None:
     code = """
         import sys
-        from shear_ir.cli import main
+        from shear_tools.cli import main
         try:
             main(["prune", "--help"])
         except SystemExit:
@@ -81,7 +81,7 @@ def test_a_fault_is_one_sentence_and_its_traceback_only_for_debug(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("the sky\nfell")
 
-    monkeypatch.setattr("shear_ir.pipeline.groups", broken)
+    monkeypatch.setattr("shear_tools.api.pipeline.groups", broken)
     ran = shear("groups", MLP)
     said = "error: shear-ir failed with ZeroDivisionError (the sky fell): please report it with what --debug shows\n"
     assert (ran.code, ran.out, ran.err) == (1, "", said)
@@ -94,8 +94,8 @@ def test_a_fault_is_one_sentence_and_its_traceback_only_for_debug(
 
 def test_a_package_that_is_not_installed_is_named(shear: Shear, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "shear_ir.training.lora", raising=False)
-    monkeypatch.delitem(sys.modules, "shear_ir.workflow.run", raising=False)
+    monkeypatch.delitem(sys.modules, "shear_training.lora", raising=False)
+    monkeypatch.delitem(sys.modules, "shear_tools.workflow.run", raising=False)
     ran = shear("lorashear", MLP, "--ratio", "0.2", "--data", "README.md", "-o", "nowhere")
     assert ran.code == 2
     assert ran.sentence == "this needs peft, which is not installed: pip install 'shear-ir[train]'"
@@ -127,7 +127,7 @@ def model():
 def test_ctrl_c_while_saving_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "outs").mkdir()
-    command = [sys.executable, "-m", "shear_ir", "prune", "slow:model", "--ratio", "0.25", "-o", "outs/small"]
+    command = [sys.executable, "-m", "shear_tools", "prune", "slow:model", "--ratio", "0.25", "-o", "outs/small"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A shell that runs the tests in the background may have told its children to ignore it.
@@ -164,7 +164,7 @@ def test_a_run_that_is_killed_while_it_saves_can_be_run_again(
 ) -> None:
     options = ("--ratio", "0.25", "-o", tmp_path / "out", "--plan-out", tmp_path / "plan.json")
     with monkeypatch.context() as patched:
-        patched.setattr("shear_ir.pipeline.save", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        patched.setattr("shear_tools.api.pipeline.save", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         assert shear("prune", MLP, *options).code == 143
     # OUT says that all is done, so the plan is there before it.
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shear_ir as sir
-from shear_backends.graph import tensors_of
+from shear_backends.graph.module import tensors_of
 from shear_ir.manager import PassManager
 from shear_passes.analysis.dump import Dump
 from shear_passes.rewrite import DeadCode, Shear

@@ -156,7 +156,7 @@ def _full(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["shear_backends.store.save_file", "shear_backends.folder.os.rename"])
+@pytest.mark.parametrize("place", ["shear_backends.store.model.save_file", "shear_backends.store.folder.os.rename"])
 def test_a_full_disk_leaves_nothing(shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setattr(place, _full)
     ran = shear("prune", MLP, "--ratio", "0.25", "-o", tmp_path / "out")
@@ -176,15 +176,15 @@ def test_a_full_disk_leaves_what_was_there(shear: Shear, tmp_path: Path, monkeyp
             _full()
         rename(source, target)
 
-    monkeypatch.setattr("shear_backends.folder.os.rename", once)
-    monkeypatch.setattr("shear_backends.folder._exchanged", lambda one, other: False)
+    monkeypatch.setattr("shear_backends.store.folder.os.rename", once)
+    monkeypatch.setattr("shear_backends.store.folder._exchanged", lambda one, other: False)
     assert shear("prune", MLP, "--ratio", "0.5", "-o", out, "--force").code == 2
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_unsound_result_is_not_saved(shear: Shear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shear_ir import pipeline
+    from shear_tools.api import pipeline
 
     right = pipeline.shear
 

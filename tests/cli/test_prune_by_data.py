@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shear_ir as sir
-from shear_ir.workflow.calibration import calibration_batches
+from shear_tools.workflow.calibration import calibration_batches
 from tests.cli.conftest import Shear
 from tests.workflow.tiny import tokenizer, write_data, write_model
 from tests.zoo import build

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import shear_ir as sir
-from shear_ir.cli import main
-from shear_ir.training import harness
+from shear_tools.cli import main
+from shear_training import harness
 from tests.cli.conftest import Shear
 from tests.workflow.tiny import tokenizer, write_data, write_model
 
@@ -121,12 +121,12 @@ def test_losses_from_a_file_do_as_well_as_the_dense_model(
 def test_kill_9_and_the_same_command_end_with_the_same_bytes(place: Path, recovered: Path, tmp_path: Path) -> None:
     arguments = command(place, tmp_path / "out", "--dense", place / "dense")
     code = (
-        "import os, signal, sys, torch; from shear_ir.cli import console, main; torch.set_num_threads(1)\n"
+        "import os, signal, sys, torch; from shear_tools.cli import console, main; torch.set_num_threads(1)\n"
         "def told(self, what, done, total):\n"
         "    if what == 'reading: round 2' and done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"console.Told.__call__ = told; main({arguments!r})"
     )
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     killed = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},

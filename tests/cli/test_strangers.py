@@ -62,13 +62,16 @@ def test_a_gpu_that_is_not_there_is_told_before_the_model_is_read(
     here: Path, shear: Shear, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("shear_ir.cli.models.open_model", None)
+    monkeypatch.setattr("shear_tools.cli.models.open_model", None)
     (here / "recipe.yaml").write_text(recipe)
     assert shear(*RECIPE).sentence == "device: cuda: torch sees no GPU here"
 
 
 def test_a_folder_that_is_not_there_is_told_without_torch(here: Path) -> None:
-    code = "import sys\nfrom shear_ir.cli import main\ntry: main(['groups', './no'])\nfinally: print('torch' in sys.modules)"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))}
+    code = "import sys\nfrom shear_tools.cli import main\ntry: main(['groups', './no'])\nfinally: print('torch' in sys.modules)"
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools")),
+    }
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (2, "False\n", "error: there is no folder ./no\n")

@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 from shear_ir.errors import LoadError
 from shear_ir.frontend.load import load_model
-from shear_ir.workflow.recipe import load_recipe
 from shear_passes.importance import criterion
+from shear_tools.workflow.recipe import load_recipe
 from tests.cli.conftest import Shear
 from tests.workflow.tiny import write_model
 

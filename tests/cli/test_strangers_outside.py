@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from shear_backends.store import carry
+from shear_backends.store.model import carry
 from shear_ir.frontend.load import load_model
 from shear_ir.writing import placeless
 from tests.cli.conftest import Shear

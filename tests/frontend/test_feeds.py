@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.frontend.feeds import inputs_of
-from shear_ir.pipeline import _program
+from shear_tools.api.pipeline import _program
 from tests.roads import outputs, same
 
 BACKENDS: list[Literal["module", "graph"]] = ["module", "graph"]

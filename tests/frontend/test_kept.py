@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from shear_backends.module import shear_module
+from shear_backends.module.shear import shear_module
 from tests.roads import outputs, trace
 from tests.zoo import randomised
 

@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [ROOT / "shear_ir", ROOT / "passes" / "shear_passes", ROOT / "backends" / "shear_backends"]
+PACKAGES = [
+    ROOT / "shear_ir",
+    ROOT / "passes" / "shear_passes",
+    *sorted((ROOT / "backends").glob("shear_*")),
+    ROOT / "tools" / "shear_tools",
+]
 TOOLS = ROOT / "tools"
 
 
@@ -42,7 +47,7 @@ def offenders(forbidden: str, *folders: Path) -> list[str]:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys; from shear_ir.cli import main; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys; from shear_tools.cli import main; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder.parent) for folder in PACKAGES)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n", "")

@@ -27,9 +27,9 @@ from shear_ir.manager import AnalysisManager
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.vanish import FindZeros, Zeros
-from shear_passes.rules.norm import WEIGHT_NORMS
-from shear_passes.rules.pointwise import pointwise_entry
-from shear_passes.rules.registry import entry_of, op_name
+from shear_passes.ops.norm import WEIGHT_NORMS
+from shear_passes.ops.pointwise import pointwise_entry
+from shear_passes.ops.registry import entry_of, op_name
 
 Kept = Mapping[Axis, Mask]
 

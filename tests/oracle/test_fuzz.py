@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from shear_passes.rules import registry
-from shear_passes.rules.registry import Entry, Vanish
+from shear_passes.ops import registry
+from shear_passes.ops.registry import Entry, Vanish
 from tests.oracle.fuzz.check import Seen, check, double
 from tests.oracle.fuzz.draft import Choose, Sketch
 from tests.oracle.fuzz.programs import draft_program, programs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from shear_ir.axes import Dims
-from shear_passes.rules import registry
-from shear_passes.rules.registry import Entry, Site, Vanish
+from shear_passes.ops import registry
+from shear_passes.ops.registry import Entry, Site, Vanish
 from tests.oracle.locality import Unsound, assert_local
 from tests.zoo import FAMILIES, MLP
 

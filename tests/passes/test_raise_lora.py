@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shear_backends.graph import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, tensors_of
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.manager import AnalysisManager, PassManager
@@ -19,8 +19,8 @@ from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dump import Dump
 from shear_passes.analysis.find_groups import FindGroups
+from shear_passes.pipelines import parse_pipeline
 from shear_passes.rewrite.raise_lora import RaiseLora
-from shear_passes.spelling import parse_pipeline
 from tests import roads
 from tests.golden import expect, expect_file
 from tests.zoo import FAMILIES, randomised

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import shear_ir as sir
-from shear_backends.verify import evaluation, run
+from shear_backends.verify.numbers import evaluation, run
 from shear_ir.errors import PlanError
 from shear_ir.frontend.feeds import inputs_of
 from tests.zoo import build, randomised

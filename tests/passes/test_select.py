@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_ir.cli import options
 from shear_ir.errors import PlanError
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
@@ -22,6 +21,7 @@ from shear_passes.analysis.find_groups import Group
 from shear_passes.importance import Importance, Random
 from shear_passes.select import ALLOCATIONS, SelectByKnowledge, SelectGlobal, SelectIsomorphic
 from shear_passes.select.by_ratio import BUDGETS
+from shear_tools.cli import options
 from tests.zoo import build
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_passes.analysis.cost import MeasureCosts
-from shear_passes.select.build import build_plan
+from shear_passes.rewrite.cuts import build_plan
 from tests.oracle.locality import assert_local
 
 

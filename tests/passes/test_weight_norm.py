@@ -14,11 +14,11 @@ from torch.nn.utils import parametrizations
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_ir.plans import Plan
-from shear_ir.training.units import Units
 from shear_passes.analysis.cost import MeasureCosts
-from shear_passes.select.build import build_plan
+from shear_passes.rewrite.cuts import build_plan
+from shear_training.units import Units
 from tests.golden import expect
-from tests.rules.typed import typed
+from tests.ops.typed import typed
 
 Norm = Callable[[nn.Module], nn.Module]
 

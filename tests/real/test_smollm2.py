@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import real
-from tools.fetch_models import tensor_digest
+from bench import real
+from fetch_models import tensor_digest
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 TEXTS = real.ROOT / "tools/assets/tiny-llama/data.yaml"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import typer
 
+from bench import analysis
 from tests.golden import expect
-from tools.bench import analysis
 
 SHAPE = analysis.MODELS["tiny"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import transformers
 
+from bench import coverage, coverage_one, tiny_config
 from tests.golden import expect_file
-from tools.bench import coverage, coverage_one, tiny_config
 
 SOUND: dict[str, Any] = {
     "built": True, "traced": True, "export_s": 2.0, "trace_s": 2.2, "groups_s": 0.1, "ratio": 1.15, "attention": True,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from bench import criteria
 from shear_passes.select import ALLOCATIONS
 from tests.golden import expect_file
-from tools.bench import criteria
 
 DENSE = {"code": math.log(8), "docs": math.log(4), "topics": math.log(2)}
 OPTIONS = {"parameters": 1000, "versions": "torch 2", "machine": "a machine"}

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench import fuzz
 from tests.oracle.fuzz import check as checking
 from tests.oracle.fuzz.check import Broken, Seen
 from tests.oracle.fuzz.draft import Sketch
-from tools.bench import fuzz
 
 
 def run(out: Path, *options: str) -> tuple[int, str]:

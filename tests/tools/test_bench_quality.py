@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from bench import quality
 from tests.golden import expect_file
-from tools.bench import quality
 
 WORSE = {"magnitude": 2.0, "magnitude + LoRA": 0.6, "repaired": 0.4, "repaired + LoRA": 0.1, "bundled": 0.2,
          "default": 0.5, "dense + LoRA": -0.05}  # fmt: skip

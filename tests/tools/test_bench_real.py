@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tools.bench import real
+from bench import real
 
 
 def found(**changed: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tools import demo
-from tools.fetch_models import FetchError
+import demo
+from fetch_models import FetchError
 
 
 def test_megabytes_count_tied_weights_once() -> None:

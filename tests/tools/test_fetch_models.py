@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from tools import fetch_models
-from tools.fetch_models import FetchError, Model, fetch, found, tensor_digest
+import fetch_models
+from fetch_models import FetchError, Model, fetch, found, tensor_digest
 
 SPELLED = (
     b'["a", "I64", [5]]' + struct.pack("<5q", *range(5)) + b'["b", "F32", [3, 2]]' + struct.pack("<6f", *[1.0] * 6)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from shear_ir.training.data import load_data, prepare
-from tools import make_instructions as tool
+import make_instructions as tool
+from shear_training.data import load_data, prepare
 
 
 def read(path: Path) -> list[Any]:

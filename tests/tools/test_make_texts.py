@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from shear_ir.training.data import load_data, prepare
-from tools import make_texts
+import make_texts
+from shear_training.data import load_data, prepare
 
 TAGGED = """
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+import op_census
 from tests.golden import expect
-from tools import op_census
 
 
 @torch.library.custom_op("census::inverse", mutates_args=())

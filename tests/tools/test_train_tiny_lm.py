@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tools import train_tiny_lm as tiny
+import train_tiny_lm as tiny
 
 PROGRAM = '''"""Module text."""
 # a comment that stays

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_ir.training.data import Source
-from shear_ir.training.evaluate import evaluate_sources
-from shear_ir.training.recovery import Recovered, Recovery, recover
-from shear_ir.training.rows import Rows, stacked
+from shear_training.data import Source
+from shear_training.evaluate import evaluate_sources
+from shear_training.recovery import Recovered, Recovery, recover
+from shear_training.rows import Rows, stacked
 from tests.zoo import FAMILIES
 
 LENGTH = 12

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from shear_ir.errors import PlanError
-from shear_ir.training.callback import LHSPGCallback
-from shear_ir.training.lhspg import LHSPG
-from shear_ir.training.schedule import Periods
+from shear_training.callback import LHSPGCallback
+from shear_training.lhspg import LHSPG
+from shear_training.schedule import Periods
 from tests.training.tiny import adapted, lhspg
 
 PERIODS = Periods(warmup=1, count=2, steps=2)

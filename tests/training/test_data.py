@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from shear_ir.errors import LoadError
-from shear_ir.training.data import DataConfig, Source, held_out, load_data, prepare
-from shear_ir.training.rows import IGNORED, Rows
+from shear_training.data import DataConfig, Source, held_out, load_data, prepare
+from shear_training.rows import IGNORED, Rows
 
 WORDS = [*"abcdefghijklmnop", "system", "user", "assistant", "Instruction", "Response", "yes", "no", "#", ":"]
 SPECIAL = {"unk_token": "<u>", "bos_token": "<s>", "eos_token": "</s>"}

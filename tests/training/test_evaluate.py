@@ -13,9 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_ir.training.data import Source
-from shear_ir.training.evaluate import Loss, evaluate, evaluate_sources, require_readable
-from shear_ir.training.rows import Rows, stacked
+from shear_training.data import Source
+from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_readable
+from shear_training.rows import Rows, stacked
 from tests.training.tiny import adapted
 from tests.zoo import FAMILIES
 

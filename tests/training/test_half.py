@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import shear_ir as sir
-from shear_ir.training.lhspg import LHSPG
-from shear_ir.training.schedule import Periods
+from shear_training.lhspg import LHSPG
+from shear_training.schedule import Periods
 from tests.training.tiny import step, trained
 
 ASSETS = Path(__file__).resolve().parents[2] / "tools" / "assets"

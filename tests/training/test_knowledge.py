@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shear_ir.errors import PlanError
-from shear_ir.training.knowledge import Knowledge, measure_knowledge
+from shear_training.knowledge import Knowledge, measure_knowledge
 from tests.training.tiny import base_groups, tokens
 from tests.zoo import FAMILIES
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import shear_ir as sir
-from shear_backends.verify import masked
+from shear_backends.verify.numbers import masked
 from shear_ir.errors import PlanError
-from shear_ir.training.lhspg import LHSPG
-from shear_ir.training.schedule import Periods
 from shear_passes.analysis.cost import MeasureCosts
-from shear_passes.select.build import build_plan
+from shear_passes.rewrite.cuts import build_plan
+from shear_training.lhspg import LHSPG
+from shear_training.schedule import Periods
 from tests.training.tiny import ATTENTION, MLP, adapted, base_groups, groups_of, lhspg, logits, step
 
 TARGETS = {"ffn0": 20, "ffn1": 20, "kv0": 1, "kv1": 1}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shear_ir.errors import PlanError
-from shear_ir.training.mixture import Sampler, counts, degradation, shuffled, weights
+from shear_training.mixture import Sampler, counts, degradation, shuffled, weights
 
 NAMES = st.lists(st.text("abcdef", min_size=1), min_size=1, max_size=6, unique=True)
 DEVIATIONS = NAMES.flatmap(

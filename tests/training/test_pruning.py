@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_ir.training import rounds
-from shear_ir.training.pruning import Pruned, Pruning, prune
-from shear_ir.training.saliency import DEFAULT_WEIGHTS
+from shear_training import rounds
+from shear_training.pruning import Pruned, Pruning, prune
+from shear_training.saliency import DEFAULT_WEIGHTS
 from tests.training.recovering import sources
 from tests.training.tiny import adapted, base_groups
 from tests.zoo import FAMILIES

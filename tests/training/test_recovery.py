@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_ir.training import recovery as module
-from shear_ir.training import rounds
-from shear_ir.training.data import Source
-from shear_ir.training.lora import adapter_tensors, attach, detach, linear_names
-from shear_ir.training.mixture import weights
-from shear_ir.training.recovery import Recovered, Recovery, recover
+from shear_training import recovery as module
+from shear_training import rounds
+from shear_training.data import Source
+from shear_training.lora import adapter_tensors, attach, detach, linear_names
+from shear_training.mixture import weights
+from shear_training.recovery import Recovered, Recovery, recover
 from tests.training.recovering import SMALL, counting, dense, losses, run, small, sources, stopper
 from tests.zoo import FAMILIES
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_was_being_written_is_not_read(tmp_path: Path, whole: 
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_round_costs_nothing(tmp_path: Path, whole: Recovered) -> None:
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     killed = subprocess.run(
         [sys.executable, "-m", "tests.training.recovering", str(tmp_path)], cwd=ROOT, check=False, capture_output=True,
         env={**os.environ, "PYTHONPATH": path}, timeout=240,

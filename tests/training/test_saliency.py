@@ -8,8 +8,8 @@ import torch
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_ir.training.saliency import CRITERIA, saliency, sums
-from shear_ir.training.units import Units
+from shear_training.saliency import CRITERIA, saliency, sums
+from shear_training.units import Units
 from tests.training.tiny import adapted, base_groups
 from tests.zoo import build
 

@@ -28,7 +28,7 @@ def launch(processes: int, out: Path, module: str = "two_processes") -> Any:
         "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1", f"--main_process_port={free_port()}",
         "--module", f"tests.training.{module}", str(out),
     ]  # fmt: skip
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240
     )

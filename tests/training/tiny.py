@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_ir.training.lhspg import LHSPG
-from shear_ir.training.schedule import Periods
 from shear_passes.analysis.find_groups import Groups
+from shear_training.lhspg import LHSPG
+from shear_training.schedule import Periods
 from tests.zoo import FAMILIES
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

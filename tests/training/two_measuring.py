@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from shear_ir.training.evaluate import evaluate_sources
-from shear_ir.training.rounds import processes
+from shear_training.evaluate import evaluate_sources
+from shear_training.rounds import processes
 from tests.training.recovering import small, sources
 
 

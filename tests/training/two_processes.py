@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from shear_ir.training.schedule import Periods
+from shear_training.schedule import Periods
 from tests.training.tiny import adapted, lhspg, tokens
 
 

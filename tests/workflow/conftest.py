@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from shear_ir.workflow import measure
-from shear_ir.workflow.run import Outcome
+from shear_tools.workflow import measure
+from shear_tools.workflow.run import Outcome
 from tests.traces import shared_traces
 from tests.workflow.tiny import run, write_data
 

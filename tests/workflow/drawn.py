@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import shear_ir as sir
-from shear_ir.training.knowledge import Knowledge, Sensitivity
+from shear_training.knowledge import Knowledge, Sensitivity
 from tests.zoo import build
 
 _MODEL = build("llama_gqa")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shear_ir.cli import main
-from shear_ir.workflow.run import Outcome
+from shear_tools.cli import main
+from shear_tools.workflow.run import Outcome
 from tests.workflow.tiny import RATIO, write_model, write_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +27,12 @@ def command(place: Path, data: Path) -> list[str]:
 def killed_at(arguments: list[str], what: str, step: int) -> None:
     """Run the command in a process that kills itself when it says that it is at ``step`` of ``what``."""
     code = (
-        "import os, signal, torch; from shear_ir.cli import console, main; torch.set_num_threads(1)\n"
+        "import os, signal, torch; from shear_tools.cli import console, main; torch.set_num_threads(1)\n"
         "def told(self, said, done, total):\n"
         f"    if (said, done) == {(what, step)!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"console.Told.__call__ = told; main({arguments!r})"
     )
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=600)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from shear_ir.errors import SaveError
-from shear_ir.training.evaluate import Loss
-from shear_ir.workflow.plots import plot_cuts, plot_knowledge, plot_losses
+from shear_tools.workflow.plots import plot_cuts, plot_knowledge, plot_losses
+from shear_training.evaluate import Loss
 from tests.workflow.drawn import KNOWLEDGE, PLAN
 
 LOSSES = {

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from shear_ir.errors import LoadError, PlanError
-from shear_ir.training.pruning import Pruning
-from shear_ir.training.settings import Recovery
-from shear_ir.workflow.recipe import Recipe, Sensitivity, load_recipe
+from shear_tools.workflow.recipe import Recipe, Sensitivity, load_recipe
+from shear_training.pruning import Pruning
+from shear_training.settings import Recovery
 
 ROOT = Path(__file__).resolve().parents[2]
 

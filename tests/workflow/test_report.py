@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from shear_ir.training.evaluate import Loss
-from shear_ir.training.pruning import Pruning
-from shear_ir.training.settings import Recovery
-from shear_ir.workflow.recipe import Recipe, Sensitivity
-from shear_ir.workflow.report import degradation, mean, write_report
+from shear_tools.workflow.recipe import Recipe, Sensitivity
+from shear_tools.workflow.report import degradation, mean, write_report
+from shear_training.evaluate import Loss
+from shear_training.pruning import Pruning
+from shear_training.settings import Recovery
 from tests.workflow.drawn import KNOWLEDGE, PLAN
 
 DENSE = {"code": Loss(2.0, 100), "prose": Loss(4.0, 7)}

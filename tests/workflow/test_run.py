@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shear_ir as sir
 from shear_ir.errors import PlanError, SaveError
-from shear_ir.training.data import load_data, prepare
-from shear_ir.training.evaluate import evaluate, evaluate_sources
-from shear_ir.training.knowledge import Knowledge
-from shear_ir.workflow import measure, publish
-from shear_ir.workflow import run as module
-from shear_ir.workflow.calibration import batches_of
-from shear_ir.workflow.recipe import Recipe
-from shear_ir.workflow.run import Outcome
+from shear_tools.workflow import measure, publish
+from shear_tools.workflow import run as module
+from shear_tools.workflow.calibration import batches_of
+from shear_tools.workflow.recipe import Recipe
+from shear_tools.workflow.run import Outcome
+from shear_training.data import load_data, prepare
+from shear_training.evaluate import evaluate, evaluate_sources
+from shear_training.knowledge import Knowledge
 from tests.training.tiny import adapted
 from tests.workflow.tiny import RATIO, RECIPE, freezing, run, tokenizer, write_data
 from tests.zoo import build

@@ -11,13 +11,13 @@ import pytest
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_ir.training.data import held_out, load_data
-from shear_ir.training.evaluate import evaluate
-from shear_ir.training.knowledge import Knowledge
-from shear_ir.workflow.calibration import calibration_batches
-from shear_ir.workflow.plots import plot_sweep
-from shear_ir.workflow.sweep import Trial, ranked, sweep, trials
-from shear_ir.workflow.work import alone
+from shear_tools.workflow.calibration import calibration_batches
+from shear_tools.workflow.plots import plot_sweep
+from shear_tools.workflow.sweep import Trial, ranked, sweep, trials
+from shear_tools.workflow.work import alone
+from shear_training.data import held_out, load_data
+from shear_training.evaluate import evaluate
+from shear_training.knowledge import Knowledge
 from tests.workflow.tiny import tokenizer, write_data, write_model
 from tests.zoo import build
 
@@ -64,7 +64,7 @@ def test_what_is_measured_is_not_measured_again(place: Path, tmp_path: Path, mon
 
     with alone(keep), pytest.raises(PlanError, match=r"another run is working in .*sweep\.json"):
         swept(place, keep)
-    monkeypatch.setattr("shear_ir.workflow.sweep.evaluate_sources", measure)
+    monkeypatch.setattr("shear_tools.workflow.sweep.evaluate_sources", measure)
     again, *_ = swept(place, keep)
     assert (again.dense, again.points) == (first.dense, first.points)
     with pytest.raises(PlanError, match="holds a sweep of another model, data or options"):

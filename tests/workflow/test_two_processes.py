@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from shear_ir.cli import main
 from shear_ir.plans import Plan
-from shear_ir.workflow.recipe import Recipe
+from shear_tools.cli import main
+from shear_tools.workflow.recipe import Recipe
 from tests.training.test_two_processes import free_port
 from tests.workflow.tiny import RATIO, RECIPE, write_model, write_recipe
 
@@ -47,7 +47,7 @@ def by_one(given: list[str]) -> None:
 def by_two(given: list[str]) -> str:
     """Run the command in two processes; their standard output."""
     command = [sys.executable, *LAUNCH[:-1], f"--main_process_port={free_port()}", LAUNCH[-1], "shear_ir", *given]
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "passes", "backends", "tools"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

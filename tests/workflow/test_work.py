@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shear_ir.errors import PlanError
-from shear_ir.workflow.work import alone
+from shear_tools.workflow.work import alone
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:

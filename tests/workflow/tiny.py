@@ -15,10 +15,10 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 import shear_ir as sir
-from shear_ir.training.pruning import Pruning
-from shear_ir.training.settings import Recovery
-from shear_ir.workflow.recipe import Recipe, Sensitivity
-from shear_ir.workflow.run import Outcome
+from shear_tools.workflow.recipe import Recipe, Sensitivity
+from shear_tools.workflow.run import Outcome
+from shear_training.pruning import Pruning
+from shear_training.settings import Recovery
 from tests.zoo import build
 
 RECIPE = Recipe(

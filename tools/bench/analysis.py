@@ -94,7 +94,7 @@ class Row:
 def ask(subject: str, shape: Shape, device: str, limit: float) -> dict[str, Any] | str:
     """One measurement in a process of its own; a sentence when it fails."""
     request = json.dumps({"subject": subject, "shape": asdict(shape), "device": device})
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends", "tools"))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "measure.py"), request]
     try:

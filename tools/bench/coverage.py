@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-for part in ("backends", "passes", "."):
+for part in ("tools", "backends", "passes", "."):
     sys.path.insert(0, str(ROOT / part))
 
 TASKS = {"causal": "Causal LM", "masked": "Masked LM", "seq2seq": "Seq2seq LM", "image": "Image classification"}
@@ -56,7 +56,7 @@ def run_all(
 ) -> Iterator[dict[str, Any]]:
     """Answers as they come; on Ctrl-C no process is left behind. ``answer_to`` sends those about a name to a pipe."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tools.bench.coverage_server"])
+    context.set_forkserver_preload(["bench.coverage_server"])
     waiting: list[str] = list(reversed(names))
     running: list[Job] = []
     try:
@@ -77,7 +77,7 @@ def run_all(
 def prepare() -> None:
     """Let the server that the processes are forked from find everything, and each keep to one thread."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "passes", "backends", "tools"))
 
 
 def start(context: Any, name: str, memory: int, answer_to: Callable[[str, int, Any], None]) -> Job:
@@ -297,7 +297,7 @@ def main(
 ) -> None:
     """Measure what is missing, then write the table."""
     prepare()
-    from tools.bench import coverage_one
+    from bench import coverage_one
 
     everything = coverage_one.names()
     chosen = [n for n in everything if not only or any(fnmatch.fnmatch(n, glob) for glob in only)]
@@ -320,7 +320,7 @@ def main(
 
 
 def _measure(missing: Sequence[str], store: Store, jobs: int, limit: float, memory: int) -> None:
-    from tools.bench import coverage_one
+    from bench import coverage_one
 
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console) as progress:

@@ -1,6 +1,6 @@
 """The whole road for one architecture in a process of its own: its answer as JSON.
 
-    python -m tools.bench.coverage_one causal/llama
+    python tools/bench/coverage_one.py causal/llama
 
 A tiny random model is built, traced, grouped, sheared by both backends, compared with the masked original, saved and
 reloaded. Each stage adds to the answer; the first that fails names its cause.
@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 import shear_ir as sir
-from shear_backends.verify import Report, evaluation, run
+from bench import tiny_config
+from shear_backends.verify.numbers import Report, evaluation, run
 from shear_ir.errors import ShearError, ShearingError, UnsoundError
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.sentences import sentence
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import Group, Groups
 from shear_passes.analysis.roles import attention_products
-from shear_passes.select.build import build_plan
+from shear_passes.rewrite.cuts import build_plan
 from tests.zoo import randomised
-from tools.bench import tiny_config
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from tools.bench import coverage_one
+from bench import coverage_one
 
 torch.set_num_threads(1)
 coverage_one.warm()

@@ -69,8 +69,8 @@ class _Bench:
     def __init__(self, seed: int, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from shear_ir.training.data import load_data, prepare
-        from shear_ir.workflow.calibration import calibration_batches
+        from shear_tools.workflow.calibration import calibration_batches
+        from shear_training.data import load_data, prepare
 
         self.seed, self.folder = seed, folder
         made: Any = AutoModelForCausalLM.from_pretrained(MODEL)
@@ -83,8 +83,8 @@ class _Bench:
 
     def without_training(self) -> dict[str, Any]:
         """Every criterion evenly, some of them with every allocation."""
-        from shear_ir.workflow.sweep import sweep, trials
         from shear_passes.select import ALLOCATIONS
+        from shear_tools.workflow.sweep import sweep, trials
 
         wanted = trials(RATIOS, CRITERIA, ["uniform"], REPAIRS)
         wanted += trials((0.2, 0.5), SHARED, [a for a in ALLOCATIONS if a != "uniform"], REPAIRS)
@@ -118,8 +118,8 @@ class _Bench:
 
     def _knowledge(self) -> dict[str, dict[float, float]]:
         import shear_ir as sir
-        from shear_ir.training.knowledge import measure_knowledge
         from shear_passes.importance.calibration import call
+        from shear_training.knowledge import measure_knowledge
 
         def loss(model: Any) -> float:
             import torch
@@ -139,9 +139,9 @@ class _Bench:
     def _recovery(self, ratio: float, name: str, allocation: str, repair: str) -> Callable[[], Losses]:
         def make() -> Losses:
             import shear_ir as sir
-            from shear_ir.training.evaluate import evaluate
-            from shear_ir.training.recovery import recover
-            from shear_ir.training.settings import Recovery
+            from shear_training.evaluate import evaluate
+            from shear_training.recovery import recover
+            from shear_training.settings import Recovery
 
             plan = sir.plan(
                 sir.trace(self.model), ratio=ratio, importance=name, data=self.batches, allocation=allocation,
@@ -159,8 +159,8 @@ class _Bench:
 
     def _peer(self, name: str, ratio: float) -> dict[str, Any]:
         import shear_ir as sir
-        from shear_ir.training.evaluate import evaluate
-        from tools.bench.peers import pruned
+        from bench.peers import pruned
+        from shear_training.evaluate import evaluate
 
         row: dict[str, Any] = {"importance": name, "ratio": ratio}
         try:
@@ -201,7 +201,7 @@ def _encoder(seed: int) -> list[dict[str, Any]]:
     from transformers import AutoModel, AutoTokenizer
 
     import shear_ir as sir
-    from tools.fetch_models import found
+    from fetch_models import found
 
     place = found("minilm")
     if place is None:
@@ -382,7 +382,7 @@ def _recovered(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _peers(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    from tools.bench.peers import SETTINGS
+    from bench.peers import SETTINGS
 
     lines = [SETTINGS, "", "| | " + " | ".join(f"{r:g}" for r in RATIOS) + " |", "|---|" + "---:|" * len(RATIOS)]
     for name in dict.fromkeys(p["importance"] for p in runs[0]["peers"]):

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "passes"), str(ROOT / "backends")]
+sys.path[:0] = [str(ROOT), str(ROOT / "passes"), str(ROOT / "backends"), str(ROOT / "tools")]
 
 SECONDS, MEMORY = 20.0, 1.5 * 2**30
 _LONG = 600.0
@@ -87,7 +87,7 @@ def _be(command: Sequence[str], here: Path, logs: dict[str, Path], before: Calla
         os.chdir(here)
         sys.path.insert(0, str(here))
         before()
-        from shear_ir.cli import main
+        from shear_tools.cli import main
 
         main(list(command))
     except SystemExit as end:
@@ -257,8 +257,8 @@ def _whole() -> Iterator[Path]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
-    import shear_ir.cli.app
-    import shear_ir.workflow.run  # noqa: F401
+    import shear_tools.cli.app
+    import shear_tools.workflow.run  # noqa: F401
     from tests.cli.strangers import build
 
     torch.set_num_threads(1)

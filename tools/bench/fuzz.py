@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-for part in ("backends", "passes", "."):
+for part in ("tools", "backends", "passes", "."):
     sys.path.insert(0, str(HERE.parents[1] / part))
 
 if TYPE_CHECKING:

@@ -99,7 +99,7 @@ def bare_export(clock: Clock, model: nn.Module, device: str) -> dict[str, Any]:
 def shear_ir(clock: Clock, model: nn.Module, device: str) -> dict[str, Any]:
     """Each stage from the model to cut tensors; the plan is made from shapes, so that no criterion is timed."""
     import shear_ir as sir
-    from shear_backends.graph import tensors_of
+    from shear_backends.graph.module import tensors_of
     from shear_ir.verifier import verify_program
     from shear_passes.analysis.infer_axes import InferAxes
     from shear_passes.rewrite.shear import cut_tensors, shear_program

@@ -23,7 +23,7 @@ from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-for part in ("backends", "passes", "."):
+for part in ("tools", "backends", "passes", "."):
     sys.path.insert(0, str(ROOT / part))
 
 Answer = Mapping[str, Any]
@@ -34,7 +34,7 @@ def stages(name: str) -> Iterator[dict[str, Any]]:
     """The answer about one architecture, as it grows; ``done`` says that there is no more."""
     import torch
 
-    from tools.bench import coverage_one
+    from bench import coverage_one
 
     answer: dict[str, Any] = {"name": name}
     try:
@@ -54,9 +54,9 @@ def stages(name: str) -> Iterator[dict[str, Any]]:
 def _cut(model: Any) -> dict[str, Any]:
     """Cut ``model`` by the module backend; what decided, and what numbers say."""
     import shear_ir as sir
+    from bench.coverage_one import COLUMNS, able, line, units
     from shear_passes.analysis.cost import MeasureCosts
-    from shear_passes.select.build import build_plan
-    from tools.bench.coverage_one import COLUMNS, able, line, units
+    from shear_passes.rewrite.cuts import build_plan
 
     try:
         program = sir.trace(model)
@@ -81,7 +81,7 @@ def _cut(model: Any) -> dict[str, Any]:
 
 def answer_to(name: str, memory: int, pipe: Any) -> None:
     """Send what is known of ``name`` after every stage."""
-    from tools.bench import coverage_one
+    from bench import coverage_one
 
     coverage_one._limits(memory)
     start = time.process_time()
@@ -92,7 +92,7 @@ def answer_to(name: str, memory: int, pipe: Any) -> None:
 
 def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int) -> str:
     """The page: the counts, then a row for each architecture."""
-    from tools.bench.coverage import table
+    from bench.coverage import table
 
     cut = [a for a in answers if "structure" in a.get("float32", {})]
     structure = [a for a in cut if a["float32"]["structure"]]
@@ -150,8 +150,8 @@ def main(
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""
-    from tools.bench import coverage_one, proof
-    from tools.bench.coverage import Store, prepare, run_all
+    from bench import coverage_one, proof
+    from bench.coverage import Store, prepare, run_all
 
     prepare()
     everything = coverage_one.names()

@@ -34,7 +34,7 @@ import typer
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 MODEL = ROOT / "tools" / "assets" / "tiny-llama"
 DOMAINS = ("code", "docs", "topics")
 """The sources that are compared; the instructions are made of the same texts, so their loss counts nowhere."""
@@ -99,7 +99,7 @@ class Given:
     def flap(self) -> tuple[Any, Any]:
         """FLAP's plan with layers sharing by knowledge, and the rows that both it and a repair read."""
         import shear_ir as sir
-        from shear_ir.workflow.calibration import batches_of
+        from shear_tools.workflow.calibration import batches_of
 
         config, sources = _sources()
         rows = {name: sources[name].train for name in config.road[0].sources}
@@ -165,7 +165,7 @@ def _load() -> tuple[Any, Any]:
 
 @cache
 def _sources() -> Any:
-    from shear_ir.training.data import load_data, prepare
+    from shear_training.data import load_data, prepare
 
     config = load_data(MODEL / "data.yaml")
     return config, prepare(config, _load()[1])
@@ -173,7 +173,7 @@ def _sources() -> Any:
 
 @cache
 def _bundled() -> Any:
-    from shear_ir.workflow.recipe import load_recipe
+    from shear_tools.workflow.recipe import load_recipe
 
     return load_recipe(MODEL / "recipe.yaml")
 
@@ -184,7 +184,7 @@ def _dense() -> Losses:
 
 
 def _losses(model: Any) -> Losses:
-    from shear_ir.training.evaluate import evaluate_sources
+    from shear_training.evaluate import evaluate_sources
 
     return {name: loss.nll for name, loss in evaluate_sources(model, _sources()[1]).items()}
 
@@ -204,8 +204,8 @@ def _by_magnitude(given: Given) -> Any:
 def _knowledge(out: Path) -> Any:
     """The knowledge distribution, measured once: neither ratios nor seeds change it."""
     import shear_ir as sir
-    from shear_ir.training.evaluate import evaluate
-    from shear_ir.training.knowledge import Knowledge, measure_knowledge
+    from shear_training.evaluate import evaluate
+    from shear_training.knowledge import Knowledge, measure_knowledge
 
     file = out / "knowledge.json"
     if not file.is_file():
@@ -223,7 +223,7 @@ def _knowledge(out: Path) -> Any:
 
 def _tuned(model: Any, given: Given, name: str, rate: float) -> dict[str, Any]:
     """LoRA over all sources evenly, with one schedule, after which the weights are kept where they are better."""
-    from shear_ir.training.recovery import recover
+    from shear_training.recovery import recover
 
     settings = replace(
         _bundled().recovery, dynamic=False, max_rounds=1, epochs=1, rows_per_round=given.rows, lr=rate, batch=STEP,
@@ -245,7 +245,7 @@ def _lorashear(given: Given, name: str, recipe: Any) -> dict[str, Any]:
     place.mkdir(exist_ok=True)
     known = _knowledge(given.folder.parent)
     # Measured once for all runs, for it takes most of a short run's time.
-    with mock.patch("shear_ir.workflow.run.measure_knowledge", lambda *_, share, **__: known.with_share(share)):
+    with mock.patch("shear_tools.workflow.run.measure_knowledge", lambda *_, share, **__: known.with_share(share)):
         sir.lorashear(
             model, tokenizer, place / "out", ratio=given.ratio, data=_few(given.folder.parent), recipe=recipe,
             work=place / "work", keep_work=True, source=MODEL, force=True,
@@ -294,7 +294,7 @@ def bundled(given: Given, rate: float) -> Any:
 
 def default(given: Given, rate: float) -> Any:
     """The default recipe at this rate: half of the tokens for LHSPG, a round for each stage of what is left."""
-    from shear_ir.workflow.recipe import Recipe
+    from shear_tools.workflow.recipe import Recipe
 
     recipe = Recipe().with_options(seed=given.seed)
     steps = max(4, given.rows // (2 * STEP))
@@ -532,7 +532,7 @@ def _spelled(ratio: list[float] | None, seed: list[int] | None, tokens: int, qui
 
 
 def _criteria(seeds: Sequence[int], out: Path, jobs: int, one: str | None) -> None:
-    from tools.bench import criteria
+    from bench import criteria
 
     if one is not None:
         folder = out / f"criteria-{seeds[0]}"

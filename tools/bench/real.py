@@ -25,15 +25,16 @@ import typer
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 DTYPES = {"fp32": "smollm2", "bf16": "smollm2-bf16"}
 """Precision to the model that tools/fetch_models makes."""
 HOW = {"magnitude": ["--importance", "magnitude"], "flap": ["--importance", "flap", "--repair", "least-squares"]}
 SAMPLES = 32
 IMPORTS = (
-    "import torch, torch.export, transformers.models.llama.modeling_llama, shear_ir.cli.app, shear_ir.cli.prune, "
-    "shear_ir.pipeline, shear_ir.planning, shear_ir.repairing, shear_backends.verify, shear_backends.store"
+    "import torch, torch.export, transformers.models.llama.modeling_llama, shear_tools.cli.app, shear_tools.cli.prune, "
+    "shear_tools.api.pipeline, shear_tools.api.planning, shear_tools.api.repairing, shear_backends.verify.numbers, "
+    "shear_backends.store.model"
 )
 READ_BACK = """
 import sys, torch
@@ -71,7 +72,7 @@ def run(dense: Path, data: Path, ratio: float, how: str, folder: Path) -> dict[s
     small = folder / "small"
     more = ["--data", str(data), "--samples", str(SAMPLES)] if how == "flap" else []
     command = ["prune", str(dense), "--ratio", f"{ratio:g}", *HOW[how], *more, "-o", str(small), "--json"]
-    done = measured(["-m", "shear_ir", *command], folder / "prune.log")
+    done = measured(["-m", "shear_tools", *command], folder / "prune.log")
     told = json.loads(done.pop("said")) if done["exit"] == 0 else {}
     found = {
         **done, "checkpoint": sum(file.stat().st_size for file in dense.glob("*.safetensors")),
@@ -131,8 +132,8 @@ def main(
     """Run all cells and write the table; cells that are done are not done again."""
     wanted = [(d, r, h) for d in dtype or DTYPES for r in ratio or RATIOS for h in how or HOW]
     out.mkdir(parents=True, exist_ok=True)
-    data = _fetched("tools.make_texts", "make()")
-    models = {d: _fetched("tools.fetch_models", f"fetch({DTYPES[d]!r})") for d in {d for d, _, _ in wanted}}
+    data = _fetched("make_texts", "make()")
+    models = {d: _fetched("fetch_models", f"fetch({DTYPES[d]!r})") for d in {d for d, _, _ in wanted}}
     # Files of rows are read by a library of its own, where there are any.
     imports = {
         how: measured(["-c", IMPORTS + (", datasets" if how == "flap" else "")], out / "imports.log")["peak"]
@@ -154,7 +155,7 @@ def main(
 
 def _fetched(module: str, call: str) -> Path:
     """What a tool made, in a process of its own: making it takes torch."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {module} as tool; print(tool.{call})"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import {module} as tool; print(tool.{call})"
     return Path(
         subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     )

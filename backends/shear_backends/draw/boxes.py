@@ -9,7 +9,8 @@ from torch import fx
 from shear_backends.draw.composed import composed_parts
 from shear_backends.draw.model import Box, Row, inside, parent
 from shear_ir.axes import atoms
-from shear_ir.program import Param, Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group, Groups
 
 CONTAINERS = ("ModuleList", "ModuleDict", "ParameterList", "ParameterDict")

@@ -11,9 +11,10 @@ from torch import fx
 from shear_backends.draw.boxes import Boxes
 from shear_backends.draw.model import Item, Op, OpKind, inside
 from shear_ir.axes import Dims, atoms
-from shear_ir.program import Program, module_path, source_line
+from shear_ir.nodes import module_path, source_line
+from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 Sources = frozenset[str]
 

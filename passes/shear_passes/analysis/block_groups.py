@@ -16,12 +16,13 @@ import numpy as np
 from torch import fx
 
 from shear_ir.axes import Axis, Freeze, Indices
-from shear_ir.program import Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Program
 from shear_passes.analysis.group import Group, Slice
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.residual_blocks import Block, dead_with, unchanged
 from shear_passes.analysis.roles import Kind
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 BLOCK_KINDS: tuple[Kind, ...] = ("block", "attention_block", "mlp_block")
 

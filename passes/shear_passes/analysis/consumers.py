@@ -10,10 +10,11 @@ from torch import Tensor, fx
 
 from shear_ir.axes import Axis, Dim, atoms
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.program import Param, Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.analysis.infer_axes import Axes, InferAxes
-from shear_passes.rules.registry import Vanish, op_name, wrap
+from shear_passes.ops.registry import Vanish, op_name, wrap
 
 Key = tuple[str, int]
 """A parameter and the dim of it that is summed over."""

@@ -17,7 +17,7 @@ from shear_passes.analysis.block_groups import NOTHING, Gone
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.roles import attention_products
 from shear_passes.analysis.vanish import FindZeros, Zeros
-from shear_passes.rules.registry import Contraction
+from shear_passes.ops.registry import Contraction
 
 Size = Callable[[Axis], int]
 Polynomial = Counter[tuple[Axis, ...]]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import networkx as nx
 
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.program import Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 
 @dataclass(frozen=True)

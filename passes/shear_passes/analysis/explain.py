@@ -19,8 +19,9 @@ from torch import fx
 from shear_ir.axes import Dim, Hold, atoms
 from shear_ir.errors import ShearError
 from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.nodes import module_path, source_line
 from shear_ir.printer import op_text, value_names
-from shear_ir.program import Program, module_path, source_line
+from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BlockGroup
 from shear_passes.analysis.dump import short_reason
 from shear_passes.analysis.explanation import At, Chain, Explanation, Proof, Step

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from shear_ir.printer import numbers
-from shear_passes.analysis.explanation import At, Chain, Explanation, Proof, Step
+
+if TYPE_CHECKING:  # an Explanation prints itself
+    from shear_passes.analysis.explanation import At, Chain, Explanation, Proof, Step
 
 _WIDEST = 88
 """Characters of a line of code."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shear_ir.program import SourceLine
+from shear_ir.nodes import SourceLine
+from shear_passes.analysis.explain_text import text
 from shear_passes.analysis.roles import Kind
 
 
@@ -92,6 +93,4 @@ class Explanation:
     proofs: tuple[Proof, ...]
 
     def __str__(self) -> str:
-        from shear_passes.analysis.explain_text import text
-
         return text(self)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import fx
 
-import shear_passes.rules  # noqa: F401  # registers every rule
+import shear_passes.ops  # noqa: F401  # registers every rule
 from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.program import Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Program
 from shear_passes.analysis.memory import undecided
-from shear_passes.rules.pointwise import DimsTuple, is_dims, pointwise_entry
-from shear_passes.rules.registry import (
+from shear_passes.ops.pointwise import DimsTuple, is_dims, pointwise_entry
+from shear_passes.ops.registry import (
     Barrier,
     Contraction,
     Entry,

@@ -13,7 +13,7 @@ from torch import fx
 
 from shear_ir.axes import Axis, Hold
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.rules.registry import Vanish, op_name
+from shear_passes.ops.registry import Vanish, op_name
 
 _SQUARES = ("aten.pow.Tensor_Scalar", "aten.square")
 _ENDS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.embedding", "lora.embedding")

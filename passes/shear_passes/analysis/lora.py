@@ -17,7 +17,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.lora_experts import stacked
 from shear_passes.analysis.lora_magnitude import Gains
 from shear_passes.analysis.lora_maps import VIEWS, Map, Maps, composed_kind, is_conversion
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from shear_passes.analysis.lora_maps import Map, Maps, is_conversion
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 
 def stacked(maps: Maps, node: fx.Node) -> tuple[Map, fx.Node, fx.Node, float] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from shear_passes.analysis.lora_maps import VIEWS, Map, Maps, is_conversion
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 _NORMS = ("aten.linalg_norm", "aten.linalg_vector_norm")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import fx
 
 from shear_ir.program import Program
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 MapKind = Literal["linear", "embedding", "conv", "experts"]
 

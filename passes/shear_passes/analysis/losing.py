@@ -12,7 +12,7 @@ from torch import fx
 from shear_ir.axes import ONE, Axis, Dims, atoms
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.scores import Atoms, Scores, base_name, is_number
-from shear_passes.rules.registry import Need, Ranking, Vanish
+from shear_passes.ops.registry import Need, Ranking, Vanish
 
 State = Mapping[str, Atoms]
 """By node: the atoms at whose removed indices the value is as the state says."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from shear_ir.program import Program, operands
-from shear_passes.rules.registry import op_name
+from shear_ir.nodes import operands
+from shear_ir.program import Program
+from shear_passes.ops.registry import op_name
 
 _NO_COPIES = frozenset(
     f"aten.{name}"

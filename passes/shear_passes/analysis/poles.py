@@ -10,10 +10,10 @@ from shear_ir.axes import Axis, atoms, freeze
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.removed import Removed
 from shear_passes.analysis.scores import base_name
-from shear_passes.rules.domain import conditional, has_value
-from shear_passes.rules.pointwise import is_pointwise
-from shear_passes.rules.ranges import ZERO
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.domain import conditional, has_value
+from shear_passes.ops.pointwise import is_pointwise
+from shear_passes.ops.ranges import ZERO
+from shear_passes.ops.registry import op_name
 
 _EPSILON = {
     "rms_norm": 3, "layer_norm": 4, "native_layer_norm": 4, "group_norm": 4, "batch_norm": 7, "instance_norm": 7,

@@ -17,9 +17,9 @@ from shear_ir.axes import Axis, atoms
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.scores import Atoms, Writes, base_name
-from shear_passes.rules.pointwise import is_pointwise
-from shear_passes.rules.ranges import ANY, NAMES, NOT_NEGATIVE, POSITIVE, SHARE, ZERO, Range, elementwise
-from shear_passes.rules.registry import Vanish
+from shear_passes.ops.pointwise import is_pointwise
+from shear_passes.ops.ranges import ANY, NAMES, NOT_NEGATIVE, POSITIVE, SHARE, ZERO, Range, elementwise
+from shear_passes.ops.registry import Vanish
 
 _CHOICES = {
     "amax", "amin", "max", "min", "median", "nanmedian", "mode", "kthvalue", "sort", "topk", "cummax", "cummin",

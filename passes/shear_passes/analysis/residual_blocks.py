@@ -20,7 +20,7 @@ from shear_passes.analysis.infer_axes import InferAxes
 from shear_passes.analysis.memory import SAME, memory_of
 from shear_passes.analysis.roles import attention_products
 from shear_passes.analysis.vanish import FindZeros
-from shear_passes.rules.registry import op_name
+from shear_passes.ops.registry import op_name
 
 _ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
 # Applied twice these are what they are once, so a sum of nothing to one of their results changes nothing.

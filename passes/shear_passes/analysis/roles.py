@@ -13,7 +13,7 @@ from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.latents import latents
 from shear_passes.analysis.lora import find_lora
 from shear_passes.analysis.vanish import Zeros
-from shear_passes.rules.registry import Contraction, Operand, Vanish, op_name
+from shear_passes.ops.registry import Contraction, Operand, Vanish, op_name
 
 Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",

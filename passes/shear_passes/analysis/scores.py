@@ -19,7 +19,7 @@ from torch import fx
 from shear_ir.axes import Axis, Concat, Dim, Product, atoms, freeze, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.rules.registry import Ranking, Vanish, op_name
+from shear_passes.ops.registry import Ranking, Vanish, op_name
 
 Atoms = frozenset[Axis]
 

@@ -25,7 +25,7 @@ from shear_passes.analysis.losing import Losing
 from shear_passes.analysis.poles import Poles
 from shear_passes.analysis.removed import Removed
 from shear_passes.analysis.scores import Choice, Scores, Writes, base_name
-from shear_passes.rules.registry import Contraction, Vanish, op_name
+from shear_passes.ops.registry import Contraction, Vanish, op_name
 
 Atoms = frozenset[Axis]
 Counts = dict[Axis, int]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx
 
 from shear_ir.program import Program
-from shear_passes.rules.norm import WEIGHT_NORMS
+from shear_passes.ops.norm import WEIGHT_NORMS
 
 
 def weight_norms(program: Program) -> Iterator[tuple[str, str]]:

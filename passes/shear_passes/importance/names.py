@@ -21,6 +21,7 @@ from shear_passes.importance.random import Random
 from shear_passes.importance.reading import Flap, Minitron, Wanda
 from shear_passes.importance.reap import Reap
 from shear_passes.importance.taylor import Taylor
+from shear_passes.spelling import parse_pass, with_options
 
 DEFAULT_WITH_DATA = "flap"
 """The criterion where data is at hand and none is named."""
@@ -118,8 +119,6 @@ def _found(name: str) -> Any:
 
 
 def _with_options(given: Any, name: str, options: str) -> Importance:
-    from shear_passes.spelling import with_options
-
     if not (isinstance(given, type) and issubclass(given, Importance)) or not options.endswith("}"):
         raise PlanError(f"{name} is no class of criteria whose fields are its options: write NAME{{option=value}}")
     return with_options(given, options[:-1])
@@ -127,9 +126,6 @@ def _with_options(given: Any, name: str, options: str) -> Importance:
 
 def _spelled(name: str) -> Importance:
     """A criterion with its options, as passes are spelled."""
-    # Here, for the spelling reads every pass of the package, and selections import this module.
-    from shear_passes.spelling import parse_pass
-
     made = parse_pass(name)
     if not isinstance(made, Importance):
         raise PlanError(f"{made.name()} is no importance criterion; there are {', '.join(sorted(CRITERIA))}")

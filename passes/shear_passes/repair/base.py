@@ -20,7 +20,7 @@ from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import InferAxes
 from shear_passes.analysis.vanish import FindZeros
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
-from shear_passes.select.build import Selection, checked_masks
+from shear_passes.rewrite.cuts import Selection, checked_masks
 
 
 @dataclass(frozen=True, eq=False)

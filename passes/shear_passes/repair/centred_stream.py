@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from shear_ir.axes import Axis, resolve
 from shear_ir.errors import PlanError
-from shear_ir.program import Param, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Param
 from shear_passes.analysis.find_groups import Group, Groups
-from shear_passes.rules.registry import Vanish, op_name
+from shear_passes.ops.registry import Vanish, op_name
 
 _COPIES = {"aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy", "aten.alias", "aten.detach", "aten.clone"}
 _TURNS = {"aten.t", "aten.numpy_T", "aten.transpose.int"}

@@ -16,7 +16,7 @@ from shear_passes.analysis.consumers import Consumers, FindConsumers
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
 from shear_passes.repair.base import Loss, Repair, losses
-from shear_passes.select.build import Selection
+from shear_passes.rewrite.cuts import Selection
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_passes.analysis.consumers import Consumer, Consumers
 from shear_passes.analysis.find_groups import Group, Groups
 from shear_passes.importance.statistics import CalibrationStatistics
+from shear_passes.ops.registry import Vanish
 from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes, scale_of
-from shear_passes.rules.registry import Vanish
 
 
 def residual_of(groups: Groups) -> Group:

@@ -17,10 +17,11 @@ from torch import fx
 
 from shear_ir.axes import Axis, Mask, atoms, evaluate
 from shear_ir.errors import ShearingError
-from shear_ir.program import Program, module_path
+from shear_ir.nodes import module_path
+from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
-from shear_passes.rules.norm import computed_in
-from shear_passes.rules.registry import Contraction, op_name
+from shear_passes.ops.norm import computed_in
+from shear_passes.ops.registry import Contraction, op_name
 
 aten = torch.ops.aten
 

@@ -17,11 +17,11 @@ from shear_ir.plans import Kept, Plan
 from shear_ir.program import Param, Program, TensorType
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
+from shear_passes.ops.registry import entry_of
+from shear_passes.ops.resizing import Change
+from shear_passes.rewrite.cuts import Selection, checked_masks, removed_by
 from shear_passes.rewrite.drop_blocks import left_of, moved_up, without_blocks
 from shear_passes.rewrite.rescale_gains import gained
-from shear_passes.rules.registry import entry_of
-from shear_passes.rules.resizing import Change
-from shear_passes.select.build import Selection, checked_masks, removed_by
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from shear_ir.errors import PlanError
+from shear_passes.rewrite.cuts import Selection, build_plan
 from shear_passes.select.blocks import SelectBlocks
-from shear_passes.select.build import Selection, build_plan
 from shear_passes.select.by_knowledge import SelectByKnowledge
 from shear_passes.select.by_ratio import SelectByRatio
 from shear_passes.select.competing import SelectGlobal, SelectIsomorphic

@@ -18,8 +18,8 @@ from shear_passes.analysis.cost import CostModel, MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Group, Groups
 from shear_passes.importance import Importance, Scores, criterion
 from shear_passes.importance.base import Checked
+from shear_passes.rewrite.cuts import Selection, build_plan
 from shear_passes.rewrite.drop_blocks import matching
-from shear_passes.select.build import Selection, build_plan
 from shear_passes.select.by_ratio import BUDGETS, Budget, whole
 
 Order = list[tuple[BlockGroup, int]]

@@ -21,7 +21,7 @@ from shear_passes.analysis.cost import CostModel, MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance import Importance, Scores, criterion
 from shear_passes.importance.base import Checked, Score
-from shear_passes.select.build import Selection, build_plan
+from shear_passes.rewrite.cuts import Selection, build_plan
 from shear_passes.select.choose import DEFAULT_KINDS, HEAD_KINDS, choose
 
 Budget = Literal["parameters", "bytes", "flops", "kv_bytes"]

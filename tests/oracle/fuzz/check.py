@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import shear_ir as sir
-from shear_backends.graph import graph_module, tensors_of
-from shear_backends.masked_blocks import MaskedBlocks, block_cuts
-from shear_backends.verify import masked
+from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.verify.masked_blocks import MaskedBlocks, block_cuts
+from shear_backends.verify.numbers import masked
 from shear_ir.axes import Hold, Indices
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.manager import AnalysisManager
@@ -36,9 +36,9 @@ from shear_ir.program import Program
 from shear_ir.verifier import verify_program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import BlockGroup, FindGroups, Group, Groups
+from shear_passes.ops.registry import op_name
+from shear_passes.rewrite.cuts import build_plan
 from shear_passes.rewrite.shear import cut_tensors, shear_program, shear_tensors
-from shear_passes.rules.registry import op_name
-from shear_passes.select.build import build_plan
 from tests.oracle.fuzz.draft import Sketch
 from tests.oracle.fuzz.quick import quick_trace
 from tests.oracle.locality import check_calls

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shear_backends.graph import tensors_of
+from shear_backends.graph.module import tensors_of
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.program import Param, Program, TensorType

@@ -1,0 +1,1 @@
+"""The graph backend: a sheared program as an ``fx.GraphModule``."""

@@ -1,0 +1,1 @@
+"""The module backend: the same classes with smaller layers."""

@@ -1,0 +1,1 @@
+"""Folders of sheared models and adapters: written, read back, read."""

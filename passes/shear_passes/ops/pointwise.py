@@ -1,0 +1,121 @@
+"""Elementwise operators: broadcasting is their whole typing rule, and the ``pointwise`` tag of the op says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+from shear_ir.axes import ONE, Dim, Dims, axis, concat
+from shear_passes.ops.registry import Entry, Site, Vanish, rule, wrap
+
+aten = torch.ops.aten
+
+# Operators by name, without the underscore of those that write in place.
+_PRODUCTS = {"mul", "multiply", "__and__", "__iand__", "bitwise_and", "logical_and"}
+_SUMS = {
+    "add", "sub", "subtract", "rsub", "__or__", "__ior__", "bitwise_or", "logical_or", "maximum", "minimum", "fmax",
+    "fmin", "complex", "hypot", "addcmul",
+}  # fmt: skip
+_FIRST = {"div", "divide", "true_divide", "pow", "fmod", "remainder", "ldexp", "floor_divide"}
+_ZERO_TO_ZERO = {
+    "abs", "absolute", "asin", "asinh", "atan", "atanh", "ceil", "celu", "clone", "elu", "erf", "expm1", "floor",
+    "frac", "gelu", "hardshrink", "hardswish", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "negative",
+    "positive", "relu", "relu6", "round", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "softsign",
+    "sqrt", "square", "tan", "tanh", "trunc",
+}  # fmt: skip
+
+
+_UNTAGGED = {
+    "__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__", "where",
+    "masked_fill", "multiply", "subtract", "divide", "true_divide", "negative", "absolute", "square", "relu6", "selu",
+    "rsub", "maximum", "minimum", "fmod", "remainder", "floor_divide", "logical_and", "logical_or", "isnan", "isinf",
+    "isfinite", "nan_to_num", "softplus", "hardswish", "float_power", "ldexp", "greater", "less", "not_equal",
+    "greater_equal", "less_equal", "log_sigmoid", "rrelu", "celu", "silu", "abs", "mish", "threshold", "polar",
+    "complex",
+}  # fmt: skip
+"""Elementwise by their definition, though the composite ops among them carry no tag."""
+
+
+def broadcast(site: Site, operands: Sequence[Dims]) -> Dims:
+    """Dims of the broadcast of ``operands``, aligned from the right; a dim of size 1 says nothing about the others."""
+    rank = max((len(dims) for dims in operands), default=0)
+    out: list[Dim] = [ONE] * rank
+    for dims in operands:
+        for place, dim in enumerate(dims, start=rank - len(dims)):
+            if dim.size == 1:
+                continue
+            if out[place] is ONE:
+                out[place] = dim
+            else:
+                site.equate(out[place], dim)
+    return tuple(out)
+
+
+def pointwise(site: Site, *args: Any, **kwargs: Any) -> Dims:
+    """``y[i] = f(x1[i], ..., xn[i])`` after broadcasting."""
+    return broadcast(site, [a for a in (*args, *kwargs.values()) if is_dims(a)])
+
+
+def is_dims(value: Any) -> bool:
+    """Whether a rule's argument is a tensor's dims rather than a number or a list of numbers."""
+    return isinstance(value, DimsTuple)
+
+
+class DimsTuple(tuple):  # type: ignore[type-arg]  # a tuple of Dim, told apart from tuples of numbers
+    """The dims of one tensor argument."""
+
+    __slots__ = ()
+
+
+def pointwise_entry(op: Any) -> Entry | None:
+    """A row for any op that its tag calls pointwise; None for the others."""
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
+        return None
+    name = op.overloadpacket.__name__
+    name = name if name.endswith("__") else name.removesuffix("_")
+    if torch.Tag.pointwise not in op.tags and name not in _UNTAGGED:
+        return None
+    if name in _PRODUCTS:
+        return Entry(pointwise, Vanish.ANY)
+    if name in _SUMS:
+        return Entry(pointwise, Vanish.ALL)
+    return Entry(pointwise, Vanish.FIRST if name in _FIRST | _ZERO_TO_ZERO else Vanish.NEVER)
+
+
+@cache
+def is_pointwise(op: Any) -> bool:
+    """Whether the tag of an op, or its definition, calls it elementwise."""
+    return pointwise_entry(op) is not None
+
+
+@rule(
+    aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clamp_min.default, aten.clamp_min_.default,
+    aten.hardtanh.default, aten.hardtanh_.default,
+)  # fmt: skip
+def clamp(site: Site, x: Dims, low: Any = None, high: Any = None) -> Dims:
+    """``y[i] = min(max(x[i], low), high)``: zero stays zero when it lies between the bounds."""
+    if site.node.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        low, high = -1 if low is None else low, 1 if high is None else high
+    numbers = all(isinstance(bound, int | float | None) for bound in (low, high))
+    site.vanish = Vanish.FIRST if numbers and (low or 0) <= 0 <= (high or 0) else Vanish.NEVER
+    return x
+
+
+@rule(aten.prelu.default, vanish=Vanish.FIRST)
+def prelu(site: Site, x: Dims, slope: Dims) -> Dims:
+    """``y = x`` where positive, ``slope * x`` elsewhere: one slope, or one for each index of dim 1."""
+    if slope and slope[0].size > 1:
+        site.equate(x[1], slope[0])
+    return x
+
+
+@rule(aten.glu.default, vanish=Vanish.FIRST)
+def glu(site: Site, x: Dims, dim: int = -1) -> Dims:
+    """``y = a * sigmoid(b)`` for the halves a and b of a dim: they lose the same indices."""
+    place = wrap(dim, len(x))
+    half = axis(site.shape[place])
+    site.equate(x[place], concat([half, half]))
+    return (*x[:place], half, *x[place + 1 :])

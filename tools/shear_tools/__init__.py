@@ -1,0 +1,1 @@
+"""The tools: the public functions, the workflows, the command line."""

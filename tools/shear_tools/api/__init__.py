@@ -1,0 +1,1 @@
+"""What ``import shear_ir`` offers: trace, plan, shear, verify, save, repair."""

@@ -1,0 +1,290 @@
+"""The whole road: trace, analyse, select, shear, emit. The public functions of shear-ir are these."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import networkx as nx
+import torch
+from torch import Tensor, fx, nn
+
+from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.module.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
+from shear_backends.module.adapters import require_lora
+from shear_backends.module.depth import shear_layers
+from shear_backends.module.proof import by_structure
+from shear_backends.module.shear import require_exact, shear_module
+from shear_backends.store import model as store
+from shear_backends.store.model import Saved
+from shear_backends.store.project import Projected, project_adapter
+from shear_backends.verify.masked_blocks import block_cuts
+from shear_backends.verify.numbers import Report, evaluation, run
+from shear_backends.verify.numbers import verify as _verify
+from shear_backends.verify.structure import Structure
+from shear_ir.errors import PlanError, ShearError
+from shear_ir.frontend.adapter_files import adapter_tensors, base_of
+from shear_ir.frontend.base import base_view, has_adapters, plain_base, unwrapped
+from shear_ir.frontend.export import trace as _trace
+from shear_ir.frontend.feeds import alike, given_inputs, placed, remember
+from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
+from shear_ir.frontend.load import load_model
+from shear_ir.frontend.state import State
+from shear_ir.frontend.unchanged import unchanged
+from shear_ir.manager import AnalysisManager
+from shear_ir.plans import Plan
+from shear_ir.program import Program
+from shear_passes.analysis.cost import MeasureCosts
+from shear_passes.analysis.dependency_graph import DependencyGraph
+from shear_passes.analysis.explain import Explain
+from shear_passes.analysis.explanation import Explanation
+from shear_passes.analysis.find_groups import FindGroups, Groups
+from shear_passes.rewrite.cuts import removed_by
+from shear_passes.rewrite.drop_blocks import left_of
+from shear_passes.rewrite.raise_lora import raise_lora
+from shear_passes.rewrite.rescale_gains import gained
+from shear_passes.rewrite.shear import cut_tensors, shear_program
+
+_models: weakref.WeakKeyDictionary[Program, tuple[weakref.ref[nn.Module], State]] = weakref.WeakKeyDictionary()
+
+
+def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
+    """Trace ``model`` (nn.Module, PreTrainedModel or PeftModel; the meta device will do) into a Program.
+
+    ``inputs``: forward arguments by name, each a tensor or any nesting of them; made from the signature and config
+    when None. What is done with the model later uses them too, unless it is told otherwise. ``dynamic``: keep batch and
+    length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
+    """
+    model = unwrapped(model)
+    program = raise_lora(_trace(model, inputs, dynamic=dynamic, ways=True))
+    stands_for(program, model)
+    if inputs is not None:
+        remember(model, as_inputs(model, inputs))
+    return program
+
+
+def stands_for(program: Program, model: nn.Module) -> None:
+    """Let the weights of ``program`` be those of ``model``, which somebody else has to hold."""
+    _models[program] = weakref.ref(model), State.of(model)
+    weakref.finalize(model, _forget, weakref.ref(program)).atexit = False
+
+
+def _forget(program: weakref.ref[Program]) -> None:
+    """Let go of the weights of a model that is gone."""
+    manager = vars(program()).get("_analyses") if program() is not None else None
+    if manager is not None:
+        manager.weights = None
+
+
+def analyses(program: Program) -> AnalysisManager:
+    """The analysis manager of ``program``, which keeps every result; it reads weights from the traced model."""
+    # On the program itself, so that program and results go together when nobody holds them any more.
+    manager: AnalysisManager = vars(program).setdefault("_analyses", AnalysisManager(program))
+    model = model_of(program)
+    manager.weights = None if model is None else tensors_of(model)
+    return manager
+
+
+def groups(program: Program) -> Groups:
+    """Every axis of the parameters with the slices it owns; iterates in graph order."""
+    return analyses(program).get(FindGroups())
+
+
+def explain(program: Program, name: str) -> Explanation:
+    """Why slices leave together, or cannot: ``name`` is a group, a parameter, or ``parameter:dim``.
+
+    The shortest chains of operators and source lines, as an object that prints as text. Raises ``ShearError`` for a
+    name that the program does not have.
+    """
+    return analyses(program).get(Explain(name))
+
+
+def dependency_graph(program: Program) -> nx.MultiDiGraph[str]:
+    """Parameters, groups and ops of ``program`` as a networkx graph."""
+    return analyses(program).get(DependencyGraph())
+
+
+def shear(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    backend: Literal["module", "graph"] = "module",
+    inputs: Any = None,
+    merge: bool = False,
+) -> nn.Module:
+    """``model`` with the plan applied: the same class with smaller layers, or an ``fx.GraphModule``.
+
+    What wraps a model (DataParallel, DistributedDataParallel, torch.compile) is taken off first.
+
+    A PEFT model keeps its adapters, cut like their base; its plan may also be one that was made for its base alone.
+    ``merge``: merge the active adapters (in fp32) and return a model of the base's class. ``model`` is left as it is
+    and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the
+    module backend cannot express the result, as for adapters other than LoRA and DoRA.
+    """
+    if backend not in ("module", "graph"):
+        raise PlanError(f"there is no backend '{backend}'; there are module and graph")
+    if merge and (backend == "graph" or not has_adapters(model)):
+        raise PlanError("there are no adapters to merge" if backend == "module" else "the graph backend merges nothing")
+    model = unwrapped(model)
+    given = given_inputs(model) if inputs is None else as_inputs(model, inputs)
+    with unchanged(model):
+        small = _sheared(model, plan, backend, given, merge)
+    if given is not None:
+        remember(small, given)
+    return small
+
+
+def _sheared(model: nn.Module, plan: Plan, backend: str, given: Inputs | None, merge: bool) -> nn.Module:
+    if backend == "graph":
+        found = groups(_program(model, given, dynamic=True))
+        return graph_module(shear_program(found, plan), _copies(model, found, plan))
+    if has_adapters(model):
+        adapted = _shear_adapted(model, plan, given)
+        return merged(adapted) if merge else adapted
+    program = _program(model, given)
+    _exchange(model, program)
+    by_modules = shear_layers if block_cuts(plan.cuts) else shear_module
+    return by_modules(model, groups(program), plan, _fed(program, model))
+
+
+def _exchange(model: nn.Module, program: Program) -> None:
+    """Let a model that exchanges modules of its own at its first inputs, as BigBird does at short ones, do so."""
+    classes = {path: f"{type(m).__module__}.{type(m).__qualname__}" for path, m in model.named_modules()}
+    if all(classes.get(path, made.type) == made.type for path, made in program.modules.items()):
+        return
+    with evaluation(model), torch.no_grad():
+        run(model, _fed(program, model) or example_inputs(model))
+
+
+def _fed(program: Program, model: nn.Module) -> Inputs | None:
+    """The inputs of ``program``, for ``model`` as it is now."""
+    return None if program.feed is None else placed(program.feed, model)
+
+
+def verify(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any = None, *, seed: int = 0) -> Report:
+    """Compare ``small`` with ``model`` whose removed units are masked to zero, on at least two lengths.
+
+    Beside these numbers, ``Report.structure`` says whether the program of ``small`` is the sheared one.
+    """
+    model, small = unwrapped(model), unwrapped(small)
+    here = replace(plan, kept=kept_here(model, plan), routers=routers_here(model, plan), gains=gains_here(model, plan))
+    with unchanged(model, small):
+        given = given_inputs(model) if inputs is None else inputs
+        more = inputs is None and given is not None
+        report = _verify(model, small, here, given, seed=seed, more=more)
+        return replace(report, structure=_structure(model, small, plan, inputs))
+
+
+def _structure(model: nn.Module, small: nn.Module, plan: Plan, inputs: Any) -> Structure | None:
+    """What the programs say; None for graphs, and for adapters on a base that alone was planned for."""
+    if isinstance(small, fx.GraphModule):
+        return None
+    first = inputs[0] if isinstance(inputs, list) and inputs else inputs  # verify takes the inputs of several calls
+    try:
+        program = _program(model, first)
+        if program.digest != plan.digest:
+            return None
+        return by_structure(model, groups(program), plan, small, _fed(program, model) or example_inputs(model))
+    except ShearError as failure:
+        return Structure(False, (), str(failure))
+
+
+def planned_program(model: nn.Module, plan: Plan, inputs: Any = None) -> Program:
+    """The program that ``plan`` was made for: that of ``model``, or for a PEFT model, that of its base alone.
+
+    Raises ``PlanError`` when it is neither.
+    """
+    model = unwrapped(model)
+    program = _program(model, inputs)
+    if program.digest != plan.digest and has_adapters(model):
+        base = trace(plain_base(model), given_inputs(model) if inputs is None else inputs)
+        program = base if base.digest == plan.digest else program
+    plan.require(program.digest)
+    return program
+
+
+def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None, force: bool = False) -> Saved:
+    """Write a sheared model; ``Saved.stock`` says whether stock transformers loads it with identical outputs."""
+    model = unwrapped(model)
+    with unchanged(model):
+        return store.save(model, out, source=source, force=force)
+
+
+def project(
+    adapter: str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    base: nn.Module | None = None,
+    sheared: str | Path | None = None,
+    force: bool = False,
+) -> Projected:
+    """Write the adapter in the folder ``adapter``, trained on the dense base, for the base that ``plan`` shears.
+
+    ``base``: the dense base, as the adapter's config names it when None; its weights are neither needed nor read.
+    ``sheared``: the folder of the sheared base. The result is a PEFT adapter folder with the digest of that base.
+    Raises ``LoadError`` and ``PlanError`` when adapter, base and plan do not belong together, ``ShearingError`` for
+    adapters other than LoRA and DoRA.
+    """
+    folder, at = Path(adapter), None if sheared is None else Path(sheared)
+    adapter_tensors(folder)
+    dense = load_model(base_of(folder), weights=False).model if base is None else base
+    program = trace(dense)
+    plan.require(program.digest)
+    return project_adapter(folder, dense, groups(program), plan, Path(out), sheared=at, force=force)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Read what ``save`` wrote; ``model``: the dense model, for classes that are not transformers' own."""
+    return store.load(path, model)
+
+
+def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
+    require_exact(model)
+    require_lora(model)
+    if block_cuts(plan.cuts):
+        raise PlanError(
+            "whole blocks of a model with adapters stay in its modules: use the graph backend, or plan for what PEFT's "
+            "merge_and_unload makes of it"
+        )
+    base = plain_base(model)
+    found = groups(trace(base, inputs))
+    if plan.digest == found.program.digest:
+        return shear_adapted(model, base, found, plan, plan, inputs)
+    mine = groups(_program(model, inputs))
+    plan.require(mine.program.digest)
+    costs = analyses(found.program).get(MeasureCosts())
+    of_base = plan_of_base(plan, mine, found, costs, base_view(model))
+    return shear_adapted(model, base, found, of_base, plan, inputs)
+
+
+def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of ``model``, cut, copied and renamed; parameters ask for gradients as the model's do."""
+    tensors = tensors_of(model)
+    cut = {
+        name: tensor.detach().clone()
+        for name, tensor in cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept).items()
+    }
+    wants = {name: t.requires_grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    made = {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
+    return left_of(made, removed_by(found, plan))
+
+
+def model_of(program: Program) -> nn.Module | None:
+    """The model that ``program`` was traced from, while somebody holds it."""
+    found = _models.get(program)
+    return None if found is None else found[0]()
+
+
+def _program(model: nn.Module, inputs: Any, dynamic: bool = False) -> Program:
+    """The program of ``model``: the last one that was traced of it as it is now, with these inputs, or a new one."""
+    wanted = given_inputs(model) if inputs is None else as_inputs(model, inputs)
+    now = State.of(model)
+    for program, (reference, then) in reversed(list(_models.items())):
+        if reference() is not model or program.dynamic != dynamic or then != now:
+            continue
+        if wanted is None or (program.feed is not None and alike(program.feed.values, wanted)):
+            return program
+    return trace(model, inputs, dynamic=dynamic)
