@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -14,12 +13,11 @@ from shear_ir.nodes import module_path
 from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.analysis.infer_axes import Axes, InferAxes
-from shear_passes.ops.registry import Vanish, op_name, wrap
+from shear_passes.ops.registry import Vanish, wrap
+from shear_passes.ops.traits import Product, traits_of
 
 Key = tuple[str, int]
 """A parameter and the dim of it that is summed over."""
-
-_Places = list[int | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,17 +114,6 @@ def _joined(a: Consumer, b: Consumer) -> Consumer:
     return replace(a, axes=a.axes | b.axes, sources=a.sources | b.sources, modules=modules)
 
 
-@dataclass(frozen=True)
-class _Product:
-    """Which argument of an operator is which: places of value and weight, their dims that are summed over."""
-
-    value: int
-    weight: int
-    feature: int
-    dim: int
-    groups: int = 1
-
-
 def _reads(program: Program, axes: Axes) -> Iterator[tuple[fx.Node, Consumer]]:
     for node in dict.fromkeys(made.node for made in axes.contractions):
         for form in _forms(axes, node):
@@ -147,36 +134,10 @@ def _reads(program: Program, axes: Axes) -> Iterator[tuple[fx.Node, Consumer]]:
             yield node, read
 
 
-def _forms(axes: Axes, node: fx.Node) -> list[_Product]:
+def _forms(axes: Axes, node: fx.Node) -> list[Product]:
     """The ways in which a call can be a weight times a value; one of its operands turns out to be the weight."""
-    name = op_name(node).removeprefix("aten.")
-    if name in ("linear", "lora.linear"):
-        turned = bool(node.kwargs.get("transposed"))
-        return [_Product(0, 1, -1, -2 if turned else -1)]
-    if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):
-        a, b = (1, 2) if "add" in name else (0, 1)
-        return [_Product(a, b, -1, -2), _Product(b, a, -2, -1)] if _matrices(axes, node, a, b) else []
-    if name in ("_grouped_mm", "transformers.grouped_mm_fallback"):
-        return [_Product(0, 1, -1, -2)]
-    return _convolution(axes, node, name)
-
-
-def _matrices(axes: Axes, node: fx.Node, *places: int) -> bool:
-    return all(isinstance(o := node.args[p], fx.Node) and len(axes.dims(o)) > 1 for p in places)
-
-
-def _convolution(axes: Axes, node: fx.Node, name: str) -> list[_Product]:
-    if not name.startswith(("conv", "lora.conv")) or not isinstance(weight := node.args[1], fx.Node):
-        return []
-    general = name == "convolution"
-    turned = name.startswith("conv_transpose") or (general and bool(node.args[6]))
-    place = 8 if general else 6
-    groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
-    rank = len(axes.dims(weight))
-    if not isinstance(groups, int) or rank < 3:
-        return []
-    # A transposed convolution stores the channels it reads whole, in groups or not.
-    return [_Product(0, 1, 1 - rank, 0 if turned else 1, 1 if turned else groups)]
+    products = traits_of(node).products
+    return [] if products is None else products(node, lambda operand: len(axes.dims(operand)))
 
 
 def _origin(axes: Axes, node: fx.Node, dim: int) -> tuple[Param, int] | None:
@@ -193,34 +154,19 @@ def _origin(axes: Axes, node: fx.Node, dim: int) -> tuple[Param, int] | None:
     return (param, dim) if param is not None and param.kind == "parameter" else None
 
 
-_SAME = {"aten.alias", "aten.detach", "aten.contiguous", "aten.clone", "aten.to.dtype", "aten._to_copy", "lora.experts"}
-
-
 def _moved(axes: Axes, node: fx.Node, source: fx.Node, dim: int) -> int | None:
     """The dim of ``source`` that is the dim ``dim`` of ``node``; None where that is not plain."""
-    name, rank, before = op_name(node), len(axes.dims(node)), len(axes.dims(source))
-    if name in _SAME:
+    row, rank, before = traits_of(node), len(axes.dims(node)), len(axes.dims(source))
+    if row.converts:
         return dim
-    if name in ("aten.t", "aten.numpy_T", "aten.transpose.int", "aten.permute"):
-        return _order(node, name, rank)[dim]
-    if name in ("aten.index.Tensor", "aten.index_select", "aten.select.int", "aten.expand", "aten.unsqueeze"):
+    if row.order is not None:
+        return row.order(node, rank)[dim]
+    if row.leads:
         # What is chosen or repeated stands before the matrix, whose dims stay the last two.
         place = before - (rank - dim)
         same = place >= max(0, before - 2) and dim >= rank - 2
         return place if same and axes.dims(source)[place] == axes.dims(node)[dim] else None
     return None
-
-
-def _order(node: fx.Node, name: str, rank: int) -> list[int]:
-    order = list(range(rank))
-    if name == "aten.permute":
-        wanted: Any = node.args[1]
-        return [wrap(d, rank) for d in wanted]
-    if name == "aten.transpose.int":
-        a, b = (wrap(int(str(d)), rank) for d in node.args[1:3])
-        order[a], order[b] = order[b], order[a]
-        return order
-    return order[::-1]
 
 
 def _owner(program: Program, axes: Axes, node: fx.Node) -> bool:

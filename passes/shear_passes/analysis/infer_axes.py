@@ -30,8 +30,8 @@ from shear_passes.ops.registry import (
     entry_of,
     op_name,
 )
+from shear_passes.ops.traits import Asks, traits_of
 
-_PADS = {"aten.pad", "aten.constant_pad_nd"}
 _EXACT = {torch.int16, torch.int32, torch.int64, torch.float32, torch.float64}
 """Types that hold the numbers of any axis."""
 
@@ -227,7 +227,7 @@ class Inference:
 
     def _keeps_numbers(self, node: fx.Node) -> bool:
         """Whether the entries of a result are entries of the first operand, as exact as they were."""
-        return op_name(node) not in _PADS and all(t.dtype in _EXACT for t in self.program.types[node.name])
+        return not traits_of(node).fills_in and all(t.dtype in _EXACT for t in self.program.types[node.name])
 
     def _hold_numbers(self, node: fx.Node, reason: str, understood: Collection[fx.Node] = ()) -> None:
         for operand in node.all_input_nodes:
@@ -279,11 +279,11 @@ class Inference:
 
     def _without_result(self, node: fx.Node) -> None:
         """A call that makes no tensor: arithmetic on sizes says nothing, anything that reads values holds its axes."""
-        name = op_name(node)
-        if name != "aten.sym_size.int":
+        name, asks = op_name(node), traits_of(node).asks
+        if asks is not Asks.SIZE:
             self._hold_numbers(node, f"numbers of its indices are read at %{node.name} = {name}")
-        if name.startswith("aten.sym_") or not isinstance(node.target, torch._ops.OpOverload):
-            if name != "aten.sym_size.int" and any(n.name in self.of_node for n in node.all_input_nodes):
+        if asks is not None or not isinstance(node.target, torch._ops.OpOverload):
+            if asks is not Asks.SIZE and any(n.name in self.of_node for n in node.all_input_nodes):
                 self._barrier(Site(node, ()), f"{name} reads a size")
             return
         self._barrier(Site(node, ()), f"{name} reads values")

@@ -13,10 +13,10 @@ from torch import fx
 
 from shear_ir.axes import Axis, Hold
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.ops.registry import Vanish, op_name
+from shear_passes.ops.registry import Vanish
+from shear_passes.ops.traits import Role, traits_of
 
-_SQUARES = ("aten.pow.Tensor_Scalar", "aten.square")
-_ENDS = ("aten.add.Tensor", "aten.add_.Tensor", "aten.sub.Tensor", "aten.embedding", "lora.embedding")
+_ENDS = (Role.SUM, Role.DIFFERENCE, Role.EMBEDDING)
 
 
 def latents(axes: Axes, found: Iterable[Axis]) -> set[Axis]:
@@ -32,12 +32,13 @@ def _as_made(axes: Axes, norm: fx.Node, made: set[fx.Node]) -> bool:
     node: object = norm.args[0]
     while isinstance(node, fx.Node) and node not in made and _passes(axes, node):
         node = node.args[0]
-    return isinstance(node, fx.Node) and (node in made or op_name(node) in _ENDS)
+    return isinstance(node, fx.Node) and (node in made or traits_of(node).role in _ENDS)
 
 
 def _passes(axes: Axes, node: fx.Node) -> bool:
-    if op_name(node) == "aten.mul.Tensor":
+    role = traits_of(node).role
+    if role is Role.PRODUCT:
         factor = node.args[1]
         given = not isinstance(factor, fx.Node) or axes.program.param(factor) is not None
         return given or factor is node.args[0]
-    return op_name(node) in _SQUARES or axes.vanish.get(node.name) is Vanish.MOVED
+    return role is Role.SQUARE or axes.vanish.get(node.name) is Vanish.MOVED

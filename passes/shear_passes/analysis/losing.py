@@ -11,17 +11,14 @@ from torch import fx
 
 from shear_ir.axes import ONE, Axis, Dims, atoms
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.analysis.scores import Atoms, Scores, base_name, is_number
+from shear_passes.analysis.scores import Atoms, Scores, is_number
 from shear_passes.ops.registry import Need, Ranking, Vanish
+from shear_passes.ops.traits import Low, Sign, traits_of
 
 State = Mapping[str, Atoms]
 """By node: the atoms at whose removed indices the value is as the state says."""
 
 _NONE: Atoms = frozenset()
-_TO_ZERO = {"sigmoid", "exp", "relu", "softplus"}
-_SOFTMAX = {"softmax", "_softmax"}
-_LOG_SOFTMAX = {"log_softmax", "_log_softmax"}
-_NOT_NEGATIVE = _TO_ZERO | _SOFTMAX | {"abs", "square", "one_hot"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,28 +46,31 @@ class Losing:
     def _low(self, node: fx.Node, out: Mapping[Axis, int]) -> Atoms:
         if node.op != "call_function" or node.name in self.axes.barriers:
             return _NONE
-        name, args = base_name(node), node.args
+        row, args = traits_of(node), node.args
         if self.axes.vanish.get(node.name) is Vanish.MOVED:
             return self.moved(node, out, self.low)
-        if name in ("full", "full_like", "new_full") and -math.inf in args[1:3]:
+        if row.fills is not None and args[row.fills : row.fills + 1] == (-math.inf,):
             return frozenset(out)
         first = args[0] if args and isinstance(args[0], fx.Node) else None
         if first is None:
             return _NONE
         mine = self.aligned(first, out, self.low)
-        if name == "masked_fill":
-            return mine if args[2] == -math.inf else _NONE
-        if name == "add" and not node.kwargs:
-            return mine | self._of_operand(args[1], out)
-        if name == "sub" and not node.kwargs:
-            return mine - self._of_operand(args[1], out)
-        if name in ("mul", "div"):
-            return mine if is_number(args[1]) and args[1] > 0 else _NONE  # type: ignore[operator]
-        if name in ("sum", "mean"):
-            return frozenset(a for a in self.low.get(first.name, _NONE) if self._uncontracted(node, a))
-        if name == "scatter" and self.axes.vanish.get(node.name) is Vanish.NUMBERED:
-            return mine & self._numbered(node)
-        return self._over(node, first, mine) if name in _LOG_SOFTMAX else _NONE
+        match row.low:
+            case Low.FILLED:
+                return mine if args[2] == -math.inf else _NONE
+            case Low.SUM if not node.kwargs:
+                return mine | self._of_operand(args[1], out)
+            case Low.DIFFERENCE if not node.kwargs:
+                return mine - self._of_operand(args[1], out)
+            case Low.SCALED:
+                return mine if is_number(args[1]) and args[1] > 0 else _NONE  # type: ignore[operator]
+            case Low.REDUCED:
+                return frozenset(a for a in self.low.get(first.name, _NONE) if self._uncontracted(node, a))
+            case Low.SCATTERED if self.axes.vanish.get(node.name) is Vanish.NUMBERED:
+                return mine & self._numbered(node)
+            case Low.LOG_SHARES:
+                return self._over(node, first, mine)
+        return _NONE
 
     def _of_operand(self, operand: Any, out: Mapping[Axis, int]) -> Atoms:
         return self.aligned(operand, out, self.low) if isinstance(operand, fx.Node) else _NONE
@@ -95,27 +95,27 @@ class Losing:
             return _NONE
         if self.axes.vanish.get(node.name) is Vanish.MOVED:
             return self.moved(node, out, self.repeated)
-        if base_name(node) != "cumsum":
+        if not traits_of(node).cumulates:
             return _NONE
         first: Any = node.args[0]
         return self._over(node, first, self.zero.get(first.name, _NONE))
 
     def zeros(self, node: fx.Node, out: Mapping[Axis, int]) -> Atoms:
         """The atoms at which a value is zero because of scores or of numbers, beside those its own law says."""
-        name = base_name(node)
+        law = traits_of(node).low
         first = node.args[0] if node.op == "call_function" and node.args else None
         if not isinstance(first, fx.Node) or node.name in self.axes.barriers:
             return _NONE
-        if name in _SOFTMAX:
+        if law is Low.SHARES:
             return self._over(node, first, self.aligned(first, out, self.low))
-        if name in _TO_ZERO:
+        if law is Low.ZERO:
             return self.aligned(first, out, self.low)
-        if name == "masked_fill":
+        if law is Low.FILLED:
             return self.aligned(first, out, self.zero) if is_number(node.args[2]) and node.args[2] == 0 else _NONE
         if self.axes.vanish.get(node.name) is not Vanish.NUMBERED:
             return _NONE
         named = self._numbered(node) & out.keys()
-        return named & self.aligned(first, out, self.zero) if name == "scatter" else frozenset(named)
+        return named & self.aligned(first, out, self.zero) if law is Low.SCATTERED else frozenset(named)
 
     def losing(self, ranking: Ranking) -> Atoms:
         """The atoms whose removed entries change nothing in a comparison."""
@@ -136,16 +136,15 @@ class Losing:
             return is_number(value) and bool(value >= 0)
         if self.scores.writes.between(value, reader):
             return False
-        name, args = base_name(value), value.args
-        if name in _NOT_NEGATIVE or self.axes.vanish.get(value.name) is Vanish.ALWAYS:
+        sign, args = traits_of(value).sign, value.args
+        if sign is Sign.NOT_NEGATIVE or self.axes.vanish.get(value.name) is Vanish.ALWAYS:
             return True
         if getattr(value.target, "__name__", "") == "getitem":
             source, numbers = self.scores.of_choice(value)
             return source is not None and not numbers and self._not_negative(source, value)
-        if name in ("add", "mul", "div", "masked_fill"):
-            others = args[2:3] if name == "masked_fill" else args[1:2]
-            return not value.kwargs and all(self._not_negative(v, value) for v in (args[0], *others))
-        passes = name in ("sum", "mean", "sqrt") or self.axes.vanish.get(value.name) is Vanish.MOVED
+        if sign is Sign.BOTH:
+            return not value.kwargs and all(self._not_negative(v, value) for v in (args[0], args[-1]))
+        passes = sign is Sign.FIRST or self.axes.vanish.get(value.name) is Vanish.MOVED
         return passes and self._not_negative(args[0], value)
 
 

@@ -11,20 +11,7 @@ from torch import fx
 
 from shear_ir.nodes import operands
 from shear_ir.program import Program
-from shear_passes.ops.registry import op_name
-
-_NO_COPIES = frozenset(
-    f"aten.{name}"
-    for name in ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "contiguous", "alias", "detach",
-                 "to.dtype", "to.dtype_layout", "to.device", "to.other", "lift_fresh")
-)  # fmt: skip
-# What gives back its first operand when the type stays: copies, casts, dropout in evaluation.
-SAME = _NO_COPIES | {"aten.clone", "aten._to_copy", "aten.lift_fresh_copy"}
-
-
-_BY_LAYOUT = frozenset(
-    f"aten.{name}" for name in ("reshape", "reshape_as", "flatten.using_ints", "ravel", "contiguous", "to.dtype_layout")
-)
+from shear_passes.ops.traits import Layout, traits_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,11 @@ def undecided(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
     for home, nodes in sharing.items():
         writes = [(write, target) for write, target in memory.writes if memory.home[target] is home]
         for call in nodes:
-            if op_name(call) in _BY_LAYOUT and call is not home and _matters(call, nodes, writes, order):
+            if (
+                traits_of(call).layout is Layout.BY_STRIDES
+                and call is not home
+                and _matters(call, nodes, writes, order)
+            ):
                 yield call, home
 
 
@@ -99,7 +90,7 @@ def _may_share(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     shares = any(r.alias_info for r in node.target._schema.returns)
-    return shares or op_name(node) in _NO_COPIES or "reshape" in op_name(node)
+    return shares or traits_of(node).layout is not Layout.OWN
 
 
 def _targets(node: fx.Node) -> Iterator[fx.Node]:

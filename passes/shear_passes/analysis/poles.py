@@ -9,20 +9,11 @@ from torch import fx
 from shear_ir.axes import Axis, atoms, freeze
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.removed import Removed
-from shear_passes.analysis.scores import base_name
 from shear_passes.ops.domain import conditional, has_value
 from shear_passes.ops.pointwise import is_pointwise
 from shear_passes.ops.ranges import ZERO
 from shear_passes.ops.registry import op_name
-
-_EPSILON = {
-    "rms_norm": 3, "layer_norm": 4, "native_layer_norm": 4, "group_norm": 4, "batch_norm": 7, "instance_norm": 7,
-    "_native_batch_norm_legit_no_training": 6,
-}  # fmt: skip
-"""Norms, and the place of what they add to the variance, so that it is not zero where all entries are."""
-
-
-_SOFTMAX = {"softmax", "_softmax", "log_softmax", "_log_softmax"}
+from shear_passes.ops.traits import Low, traits_of
 
 
 class Poles:
@@ -35,21 +26,21 @@ class Poles:
         """Operators that have a value everywhere cost nothing."""
         if node.op != "call_function" or node.name in self.axes.barriers:
             return
-        name = base_name(node)
-        if name in _EPSILON:
-            self._check_norm(node, _EPSILON[name])
-        elif name in _SOFTMAX:
+        row = traits_of(node)
+        if row.epsilon is not None:
+            self._check_norm(node, row.epsilon)
+        elif row.low in (Low.SHARES, Low.LOG_SHARES):
             self._check_softmax(node)
         elif is_pointwise(node.target):
-            operands = conditional(name, node)
+            operands = conditional(node)
             for atom in self._carried(dim for operand in operands for dim in self.axes.dims(operand)):
-                self._check(name, node, operands, atom)
+                self._check(node, operands, atom)
 
-    def _check(self, name: str, node: fx.Node, operands: tuple[fx.Node, ...], atom: Axis) -> None:
+    def _check(self, node: fx.Node, operands: tuple[fx.Node, ...], atom: Axis) -> None:
         known = self.removed.known(node, atom)
         if len(operands) == 1:
             known[operands[0]] = self.removed.read(operands[0], node, atom)
-        if not has_value(name, node, known):
+        if not has_value(node, known):
             divided = any(known[operand] == ZERO for operand in operands)
             reason = "removed entries would be divided by" if divided else "removed entries need not have a value"
             freeze(atom, f"{reason} at %{node.name} = {op_name(node)}", at=node.name)

@@ -16,29 +16,12 @@ from torch import fx
 from shear_ir.axes import Axis, atoms
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.analysis.scores import Atoms, Writes, base_name
+from shear_passes.analysis.scores import Atoms, Writes
+from shear_passes.ops.domain import bounds
 from shear_passes.ops.pointwise import is_pointwise
-from shear_passes.ops.ranges import ANY, NAMES, NOT_NEGATIVE, POSITIVE, SHARE, ZERO, Range, elementwise
+from shear_passes.ops.ranges import ANY, NOT_NEGATIVE, POSITIVE, SHARE, ZERO, Range
 from shear_passes.ops.registry import Vanish
-
-_CHOICES = {
-    "amax", "amin", "max", "min", "median", "nanmedian", "mode", "kthvalue", "sort", "topk", "cummax", "cummin",
-    "gather", "take_along_dim", "index", "index_select",
-}  # fmt: skip
-"""Operators whose (first) results are entries of their first operand."""
-
-_ALONG = {"cummax", "cummin", "cumsum", "gather", "take_along_dim", "index", "index_select"}
-"""Those whose results have the dim they work along, and at one index of it entries of others."""
-
-_SUMS = {"sum", "cumsum", "nansum"}
-_NORMS = {"linalg_vector_norm", "norm", "linalg_norm"}
-_SPREADS = {"var", "std"}
-_SOFTMAX = {"softmax", "_softmax", "one_hot"}
-_FULL = {"full": 1, "new_full": 2, "full_like": 1, "fill": 1, "scalar_tensor": 0}
-_ONES = {"ones", "new_ones", "ones_like"}
-_PADS = {"pad", "constant_pad_nd", "im2col"}
-_UNLIKE = {"set", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
-"""Operators that move elements, and not only those of their first operand."""
+from shear_passes.ops.traits import Reduces, Traits, traits_of
 
 _DEEPEST = 100
 
@@ -92,14 +75,14 @@ class Removed:
             return self._constant(node)
         if node.op != "call_function" or node.name in self.axes.barriers:
             return ANY
-        name = base_name(node)
+        row = traits_of(node)
         if self.axes.vanish.get(node.name) is Vanish.ALWAYS:
             return ZERO
-        if self.axes.vanish.get(node.name) is Vanish.MOVED and (name not in _UNLIKE or False in node.args[2:3]):
-            return self._moved(name, node, atom)
-        if name in NAMES or is_pointwise(node.target):
-            return elementwise(name, node, self.known(node, atom))
-        return self._filled(name, node) if name in _FULL or name in _ONES else self._reduced(name, node, atom)
+        if self.axes.vanish.get(node.name) is Vanish.MOVED and (not row.mixes or False in node.args[2:3]):
+            return self._moved(node, atom)
+        if row.bounds is not None or (is_pointwise(node.target) and row.fills is None):
+            return bounds(node, self.known(node, atom))
+        return self._filled(row, node) if row.ones or row.fills is not None else self._reduced(row, node, atom)
 
     def _constant(self, node: fx.Node) -> Range:
         tensor = self.program.constants.get(self.program.of_placeholder.get(node.name, ""))
@@ -109,19 +92,17 @@ class Removed:
         ends = float(numbers.min()), float(numbers.max())
         return ANY if any(math.isnan(end) for end in ends) else Range(*ends, bool((numbers == 0).any()))
 
-    def _moved(self, name: str, node: fx.Node, atom: Axis | None) -> Range:
+    def _moved(self, node: fx.Node, atom: Axis | None) -> Range:
         first = node.args[0]
         sources = [s for s in (first if isinstance(first, (list, tuple)) else [first]) if isinstance(s, fx.Node)]
-        if getattr(node.target, "__name__", "") == "getitem" and (
-            node.args[1] != 0 and base_name(sources[0]) in _CHOICES
-        ):
+        if getattr(node.target, "__name__", "") == "getitem" and (node.args[1] != 0 and traits_of(sources[0]).picks):
             return NOT_NEGATIVE
         if atom is not None and atom not in self.copies(node):
             carrying = [s for s in sources if self._carries(s, atom)]
             sources, atom = (carrying, atom) if carrying else (sources, None)
         else:
             atom = None
-        found = [self._converted(s, node, atom) for s in sources] + [ZERO] * (name in _PADS)
+        found = [self._converted(s, node, atom) for s in sources] + [ZERO] * traits_of(node).pads
         made = found[0]
         for other in found[1:]:
             made |= other
@@ -136,27 +117,27 @@ class Removed:
         whole = before.is_floating_point and not after.is_floating_point
         return ANY if whole or after is torch.bool or before.is_complex else self.read(source, node, atom)
 
-    def _filled(self, name: str, node: fx.Node) -> Range:
-        place = _FULL.get(name)
+    def _filled(self, row: Traits, node: fx.Node) -> Range:
+        place = row.fills
         value: Any = 1 if place is None else node.args[place] if place < len(node.args) else None
         return Range(value, value) if isinstance(value, int | float) and not math.isnan(value) else ANY
 
-    def _reduced(self, name: str, node: fx.Node, atom: Axis | None) -> Range:
+    def _reduced(self, row: Traits, node: fx.Node, atom: Axis | None) -> Range:
         first = node.args[0] if node.args else None
-        if name in _SOFTMAX:
+        if row.reduces is Reduces.SHARE:
             return SHARE
-        if name in _SPREADS:
+        if row.reduces is Reduces.SPREAD:
             return NOT_NEGATIVE
         if not isinstance(first, fx.Node):
             return ANY
-        operand = self._aligned(first, node, None if name in _ALONG and self._is_along(first, node, atom) else atom)
-        if name in _CHOICES or (name == "mean" and not operand.low < 0 < operand.high):
+        operand = self._aligned(first, node, None if row.along and self._is_along(first, node, atom) else atom)
+        if row.picks or (row.reduces is Reduces.MEAN and not operand.low < 0 < operand.high):
             return operand
-        if name in _SUMS:
+        if row.reduces is Reduces.SUM:
             return operand.many()
-        if name in _NORMS:
+        if row.reduces is Reduces.NORM:
             return NOT_NEGATIVE if operand.zero else POSITIVE
-        return Range(operand.low, operand.high) if name == "mean" else ANY
+        return Range(operand.low, operand.high) if row.reduces is Reduces.MEAN else ANY
 
     def _is_along(self, first: fx.Node, node: fx.Node, atom: Axis | None) -> bool:
         dim = node.args[1]

@@ -17,14 +17,12 @@ from torch import fx
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import InferAxes
-from shear_passes.analysis.memory import SAME, memory_of
+from shear_passes.analysis.memory import memory_of
 from shear_passes.analysis.roles import attention_products
 from shear_passes.analysis.vanish import FindZeros
 from shear_passes.ops.registry import op_name
+from shear_passes.ops.traits import Role, row_name, traits_of
 
-_ADDS = ("aten.add.Tensor", "aten.add_.Tensor")
-# Applied twice these are what they are once, so a sum of nothing to one of their results changes nothing.
-_IDEMPOTENT = frozenset(f"aten.{name}" for name in ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "clamp_min"))
 _SINK = "output"
 # Sums on the way from entry to exit: x + attention(x) + mlp(x), and one to spare.
 _SUMS = 4
@@ -81,7 +79,7 @@ class _Finder:
 
     def run(self) -> Iterator[Block]:
         for node in self.program.calls():
-            if op_name(node) in _ADDS:
+            if traits_of(node).role is Role.SUM:
                 found = list(self._at(node, (), (), _SUMS))
                 if found:
                     yield max(found, key=lambda block: self.place[block.entry])
@@ -99,7 +97,7 @@ class _Finder:
             region = self._region(entry, branches, over)
             if region is not None and self._owns(region):
                 yield self._block(entry, branches, region)
-            elif left > 1 and op_name(entry) in _ADDS:
+            elif left > 1 and traits_of(entry).role is Role.SUM:
                 yield from self._at(entry, branches, over, left - 1)
 
     def _passes(self, node: fx.Node, skip: int) -> bool:
@@ -168,10 +166,11 @@ class _Finder:
     def _idempotent(self, entry: fx.Node, total: fx.Node) -> fx.Node | None:
         """The reader of the sum, where it does to the sum what was done to the entry already: relu(x + f(x))."""
         readers = list(total.users)
-        if len(readers) != 1 or op_name(readers[0]) not in _IDEMPOTENT or op_name(entry) not in _IDEMPOTENT:
+        # Applied twice these are what they are once, so a sum of nothing to one of their results changes nothing.
+        if len(readers) != 1 or not (traits_of(readers[0]).idempotent and traits_of(entry).idempotent):
             return None
         after = readers[0]
-        same = op_name(after).rstrip("_") == op_name(entry).rstrip("_") and after.args[1:] == entry.args[1:]
+        same = row_name(after.target) == row_name(entry.target) and after.args[1:] == entry.args[1:]
         return after if same and after.kwargs == entry.kwargs else None
 
     def _leaving(self, region: frozenset[fx.Node], exit_: fx.Node) -> str:
@@ -213,10 +212,11 @@ class _Finder:
 
 def unchanged(program: Program, node: fx.Node) -> bool:
     """Whether a call gives back its first operand as it is."""
-    source = node.args[0] if op_name(node) in SAME else None
+    row = traits_of(node)
+    source = node.args[0] if row.converts or row.drops else None
     if not isinstance(source, fx.Node) or program.type(node) != program.type(source):
         return False
-    return "dropout" not in op_name(node) or node.args[2] is False
+    return not row.drops or node.args[2] is False
 
 
 def dead_with(blocks: Iterable[Block]) -> set[fx.Node]:

@@ -13,7 +13,8 @@ from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.latents import latents
 from shear_passes.analysis.lora import find_lora
 from shear_passes.analysis.vanish import Zeros
-from shear_passes.ops.registry import Contraction, Operand, Vanish, op_name
+from shear_passes.ops.registry import Contraction, Operand, Vanish
+from shear_passes.ops.traits import Role, traits_of
 
 Kind = Literal[
     "ffn", "kv_head", "query_group", "head_dim", "rotary_pair", "residual", "lora_rank", "expert", "conv_channel",
@@ -30,12 +31,6 @@ class _Slice(Protocol):
 
     @property
     def expression(self) -> Dim: ...
-
-
-_CHOICES = (
-    "aten.index.Tensor", "aten.index_select", "lora.experts", "aten._weight_norm", "aten._weight_norm_interface",
-)  # fmt: skip
-"""Calls whose result is a parameter's for what roles ask: some of its entries, or all of them, adapted or scaled."""
 
 
 def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis, Sequence[_Slice]]) -> dict[Axis, Kind]:
@@ -93,7 +88,7 @@ def _vocabulary(program: Program, axes: Axes) -> set[Axis]:
     found: set[Axis] = set()
     tokens = any(not t.dtype.is_floating_point for t in program.input_types.values())
     for node in program.calls():
-        if op_name(node) in ("aten.embedding", "lora.embedding"):
+        if traits_of(node).role is Role.EMBEDDING:
             table, rows = node.args[:2]
             if isinstance(table, fx.Node) and isinstance(rows, fx.Node) and _given(program, rows):
                 found |= _atoms(axes.dims(table)[:1])
@@ -112,7 +107,7 @@ def _given(program: Program, node: fx.Node) -> bool:
 def _owned(axes: Axes, node: fx.Node) -> bool:
     """Whether a value is a parameter, or one seen through a transpose, a view, a choice of experts or adapters."""
     while isinstance(first := node.args[0] if node.args else None, fx.Node) and (
-        axes.vanish.get(node.name) is Vanish.MOVED or op_name(node) in _CHOICES
+        axes.vanish.get(node.name) is Vanish.MOVED or traits_of(node).chooses
     ):
         node = first
     param = axes.program.param(node)
@@ -135,7 +130,7 @@ def _residual(program: Program, axes: Axes) -> set[Axis]:
     contracting = {c.node for c in axes.contractions if len(c.operands) > 1}
     found: set[Axis] = set()
     for node in program.calls():
-        if op_name(node) not in ("aten.add.Tensor", "aten.add_.Tensor"):
+        if traits_of(node).role is not Role.SUM:
             continue
         terms = [a for a in node.args[:2] if isinstance(a, fx.Node) and not _owned(axes, a)]
         if len(terms) != 2 or len(axes.dims(terms[0])) != len(axes.dims(terms[1])):
@@ -171,10 +166,10 @@ def _is_weight(axes: Axes, made: Contraction, operand: Operand) -> bool:
     """
     if _owned(axes, operand.node):
         return True
-    name = op_name(made.node)
-    if not name.startswith(("aten.conv", "aten.linear")) or made.node.args[1] is not operand.node:
+    role = traits_of(made.node).role
+    if role not in (Role.CONVOLUTION, Role.LINEAR) or made.node.args[1] is not operand.node:
         return False
-    return name.startswith("aten.conv") or operand.node not in axes.from_inputs
+    return role is Role.CONVOLUTION or operand.node not in axes.from_inputs
 
 
 def attention_products(axes: Axes, zeros: Zeros) -> tuple[list[Contraction], list[Contraction]]:
@@ -257,7 +252,7 @@ def _rows(axes: Axes, makers: Mapping[fx.Node, Operand], node: fx.Node) -> Itera
         current = stack.pop()
         if current in makers:
             yield from _atoms(makers[current].free)
-            if not op_name(current).startswith("aten.conv"):
+            if traits_of(current).role is not Role.CONVOLUTION:
                 continue
         sources = [n for n in current.all_input_nodes if n in axes.from_inputs and n not in seen]
         seen.update(sources)
@@ -296,12 +291,12 @@ def _made_and_read(axes: Axes) -> tuple[set[Axis], set[Axis], set[Axis]]:
     kernels: set[Axis] = set()
     for contraction in axes.contractions:
         for operand in contraction.operands:
-            if not _is_weight(axes, contraction, operand) or op_name(contraction.node) in _CHOICES:
+            if not _is_weight(axes, contraction, operand) or traits_of(contraction.node).chooses:
                 continue
             free = _atoms(operand.free)
             made |= free
             read |= _atoms(contraction.over)
-            if op_name(contraction.node).startswith(("aten.conv", "lora.conv")):
+            if traits_of(contraction.node).role in (Role.CONVOLUTION, Role.ADAPTED_CONVOLUTION):
                 # Channels only: the later dims of the weight are kernel positions.
                 convolved |= _atoms(axes.dims(operand.node)[:2])
                 kernels |= _atoms(axes.dims(operand.node)[2:])

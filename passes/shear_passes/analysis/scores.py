@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from torch import fx
@@ -20,16 +19,9 @@ from shear_ir.axes import Axis, Concat, Dim, Product, atoms, freeze, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.ops.registry import Ranking, Vanish, op_name
+from shear_passes.ops.traits import Low, traits_of
 
 Atoms = frozenset[Axis]
-
-_PRODUCTS = {"aten.linear", "aten.mm", "aten.addmm", "aten.matmul"}
-"""Calls that make scores where one factor is a parameter."""
-
-_KEEP_ORDER = {"softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "exp", "softplus", "sqrt"}
-"""Functions of a score that grow with it and make no two scores equal."""
-
-_NOT = {"logical_not", "bitwise_not"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ class Scores:
             if len(dims) == 1 and param.kind != "constant" and param.type.dtype.is_floating_point:
                 self._note(node, atom, param.name, dims[0])
             return True
-        if op_name(node) not in _PRODUCTS:
+        if not traits_of(node).scores:
             return False
         factors = [f for f in self._factors(node) if self.carries(f, atom)]
         matrix = self._parameter(factors[0]) if len(factors) == 1 else None
@@ -159,7 +151,9 @@ class Scores:
         return True
 
     def _factors(self, node: fx.Node) -> list[fx.Node]:
-        places = (1, 2) if op_name(node) == "aten.addmm" else (0, 1)
+        forms = traits_of(node).products
+        made = forms(node, lambda operand: len(self.axes.dims(operand))) if forms is not None else []
+        places = sorted({place for form in made for place in (form.value, form.weight)})
         return [a for a in (node.args[p] for p in places) if isinstance(a, fx.Node)]
 
     def _parameter(self, node: fx.Node) -> fx.Node | None:
@@ -211,23 +205,23 @@ class Scores:
             return node
         if node.name in self.made or node.op == "placeholder":
             return _Open()
-        name = base_name(node)
+        row = traits_of(node)
         first = node.args[0]
         assert isinstance(first, fx.Node)
         if getattr(node.target, "__name__", "") == "getitem":
             source, numbers = self.of_choice(node)
             return node if source is None or numbers else self._joined(node, [source], over, _Open())
-        if name == "masked_fill":
+        if row.low is Low.FILLED:
             value: Any = node.args[2]
             closed = self._survivors(node.args[1]) if is_number(value) and value <= 0 else None
             return self._joined(node, [first], over, closed)
-        if name == "scatter" and node.args[3] == -math.inf:
+        if row.low is Low.SCATTERED and node.args[3] == -math.inf:
             dims = self.axes.dims(node.args[2])  # type: ignore[arg-type]
             return self._joined(node, [first], over, _Open(fewer=dims[node.args[1]].size))  # type: ignore[index]
         carrying = [n for n in node.all_input_nodes if any(self.carries(n, a) for a in over)]
-        summed = name in ("add", "sub", "sum", "mean")
-        scaled = name in ("mul", "div") and len(carrying) == 1
-        if summed or scaled or name in _KEEP_ORDER or self.axes.vanish.get(node.name) is Vanish.MOVED:
+        summed = row.low in (Low.SUM, Low.DIFFERENCE, Low.REDUCED)
+        scaled = row.low is Low.SCALED and len(carrying) == 1
+        if summed or scaled or row.keeps_order or self.axes.vanish.get(node.name) is Vanish.MOVED:
             return self._joined(node, carrying, over, _Open())
         return node
 
@@ -244,8 +238,8 @@ class Scores:
     def _survivors(self, mask: Any) -> _Open | None:
         """What is left by a mask that is true but for a few indices, which numbers name: ``~scatter(zeros, i, 1)``."""
         inverted = False
-        while isinstance(mask, fx.Node) and base_name(mask) != "scatter":
-            if base_name(mask) in _NOT:
+        while isinstance(mask, fx.Node) and traits_of(mask).low is not Low.SCATTERED:
+            if traits_of(mask).inverts:
                 inverted = not inverted
             elif self.axes.vanish.get(mask.name) is not Vanish.MOVED:
                 return None
@@ -261,16 +255,6 @@ class Scores:
         if count == named.size:
             return _Open()
         return _Open({named: count}) if isinstance(named, Axis) else None
-
-
-def base_name(node: fx.Node) -> str:
-    """The operator without its library, its overload and the underscore of those that write in place."""
-    return _without_library(op_name(node))
-
-
-@cache
-def _without_library(name: str) -> str:
-    return [*name.split("."), ""][1].removesuffix("_")
 
 
 def is_number(value: Any) -> bool:

@@ -24,17 +24,12 @@ from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.losing import Losing
 from shear_passes.analysis.poles import Poles
 from shear_passes.analysis.removed import Removed
-from shear_passes.analysis.scores import Choice, Scores, Writes, base_name
+from shear_passes.analysis.scores import Choice, Scores, Writes
 from shear_passes.ops.registry import Contraction, Vanish, op_name
+from shear_passes.ops.traits import traits_of
 
 Atoms = frozenset[Axis]
 Counts = dict[Axis, int]
-
-_COPIES = {"clone", "cat", "concat", "stack", "pad", "constant_pad_nd", "repeat", "tile", "repeat_interleave", "flip"}
-"""Operators that move elements to memory of their own."""
-
-_REPEATS = {"expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave"}
-"""Operators that count copies of elements by an axis of its own, which may prove to be one that is already there."""
 
 _NOTHING: Atoms = frozenset()
 
@@ -211,7 +206,7 @@ class _Walk:
     def _counted_copies(self, node: fx.Node) -> Atoms:
         """The atoms that turned out to count copies: a copy is not zero for standing at a removed place."""
         source = node.args[0]
-        if base_name(node) not in _REPEATS or not isinstance(source, fx.Node):
+        if not traits_of(node).repeats or not isinstance(source, fx.Node):
             return _NOTHING
         before, after = (Counter(a for dim in self.axes.dims(n) for a in atoms(dim)) for n in (source, node))
         return frozenset((after - before).keys())
@@ -220,7 +215,7 @@ class _Walk:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return _NOTHING
-        if op_name(node).startswith("aten.pow") and not _positive(node.args[1]):
+        if traits_of(node).power and not _positive(node.args[1]):
             return _NOTHING
         return self._aligned(first, out)
 
@@ -277,5 +272,5 @@ def _shares(axes: Axes, node: fx.Node) -> bool:
     """Whether a value may lie in the memory of its first argument: a view, a write in place, or a call unknown here."""
     if node.op != "call_function" or not node.args:
         return False
-    moved = axes.vanish.get(node.name) is Vanish.MOVED and base_name(node) not in _COPIES
+    moved = axes.vanish.get(node.name) is Vanish.MOVED and not traits_of(node).copies
     return _returns_a_view(node.target) or moved or node.name in axes.barriers

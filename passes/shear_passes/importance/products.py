@@ -10,12 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shear_passes.analysis.consumers import Key
-
-_PLACES: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::_grouped_mm", "transformers::grouped_mm_fallback"), (0, 1)),
-    **dict.fromkeys(("aten::addmm", "aten::baddbmm"), (1, 2)),
-}
-"""The products that every linear map comes down to, with the places of their two matrices."""
+from shear_passes.ops.traits import traits_of_target
 
 
 class ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class has no types
@@ -39,13 +34,13 @@ class ProductWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the call as it is, and looks at its operands when it is a product."""
-        places = _PLACES.get(func.name())
-        if places is not None:
-            left, right = (args[p] for p in places)
+        row = traits_of_target(func)
+        if row.factors is not None:
+            left, right = (args[p] for p in row.factors)
             self._look(left, right, -2)
             self._look(right.transpose(-1, -2), left, -1)
         made = func(*args, **(kwargs or {}))
-        if func.name() in ("aten::index.Tensor", "aten::index_select") and isinstance(made, Tensor):
+        if row.picks and row.chooses and isinstance(made, Tensor):
             self._note(args[0], made)
         return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from shear_ir.axes import Dim, Dims, axis, product
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import Product, Role, traits
 
 aten = torch.ops.aten
 
@@ -20,6 +21,33 @@ _CONV = (
     aten.conv3d.padding,
 )  # fmt: skip
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+
+def _products(turned: Callable[[fx.Node], bool], place: int) -> Callable[..., list[Product]]:
+    """The weight is argument 1; argument ``place`` says in how many groups its channels are.
+
+    A transposed convolution stores the channels that it reads whole, in groups or not.
+    """
+
+    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+        weight = node.args[1]
+        groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
+        if not isinstance(weight, fx.Node) or not isinstance(groups, int) or rank(weight) < 3:
+            return []
+        dims = (0, 1) if turned(node) else (1, groups)
+        return [Product(0, 1, 1 - rank(weight), *dims)]
+
+    return products
+
+
+traits("conv1d conv2d conv3d", products=_products(lambda node: False, 6), role=Role.CONVOLUTION)
+traits("lora.conv", products=_products(lambda node: False, 6), role=Role.ADAPTED_CONVOLUTION)
+traits(
+    "conv_transpose1d conv_transpose2d conv_transpose3d", products=_products(lambda node: True, 6),
+    role=Role.CONVOLUTION,
+)  # fmt: skip
+traits("convolution", products=_products(lambda node: bool(node.args[6]), 8), role=Role.CONVOLUTION)
+traits("im2col", pads=True)
 
 
 @rule(*_CONV)

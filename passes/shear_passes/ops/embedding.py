@@ -8,8 +8,12 @@ import torch
 
 from shear_ir.axes import Dims, axis
 from shear_passes.ops.registry import Results, Site, Vanish, rule
+from shear_passes.ops.traits import Role, traits
 
 aten = torch.ops.aten
+
+
+traits("embedding lora.embedding", role=Role.EMBEDDING)
 
 
 @rule(aten.embedding.default, vanish=Vanish.FIRST)

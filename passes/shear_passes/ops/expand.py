@@ -11,8 +11,14 @@ from shear_ir.axes import ONE, Dim, Dims, axis, product
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
+
+
+traits("expand", leads=True)
+traits("expand expand_as broadcast_to repeat tile repeat_interleave", repeats=True)
+traits("repeat tile repeat_interleave", copies=True)
 
 
 @rule(aten.expand.default, aten.broadcast_to.default, vanish=Vanish.MOVED)

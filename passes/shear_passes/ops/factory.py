@@ -10,11 +10,18 @@ import torch
 from shear_ir.axes import Dims
 from shear_passes.ops.registry import Site, Vanish, resize, rule
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
 
 _FILLS = (aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format)
 _NEW = (aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default)
+
+
+traits("full full_like fill", fills=1)
+traits("new_full", fills=2)
+traits("scalar_tensor", fills=0)
+traits("ones new_ones ones_like", ones=True)
 
 
 @rule(*_FILLS)

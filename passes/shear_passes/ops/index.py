@@ -16,6 +16,7 @@ from shear_ir.axes import ONE, Dim, Dims, axis, concat
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
 
@@ -37,6 +38,12 @@ def _take_numbers(site: Site) -> None:
     named = site.named_by(site.node.args[0])
     if named is not None:
         site.name(named)
+
+
+traits("gather take_along_dim", picks=True, along=True)
+traits("index index_select", picks=True, along=True, chooses=True, leads=True)
+traits("scatter", low=Low.SCATTERED)
+traits("one_hot", reduces=Reduces.SHARE, sign=Sign.NOT_NEGATIVE)
 
 
 @rule(aten.gather.default, aten.take_along_dim.default, vanish=Vanish.FIRST)

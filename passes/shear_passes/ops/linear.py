@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from shear_ir.axes import Dim, Dims
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Need, Results, Site, rule, wrap
+from shear_passes.ops.traits import Product, Role, traits
 
 aten = torch.ops.aten
+
+
+def _of_linear(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+    """Features stand last in the value and in the weight, which may be stored turned."""
+    return [Product(0, 1, -1, -2 if node.kwargs.get("transposed") else -1)]
+
+
+def _of_matrices(a: int, b: int) -> Callable[[fx.Node, Callable[[fx.Node], int]], list[Product]]:
+    """Either side of a product of matrices may be the weight."""
+
+    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+        both = all(isinstance(o := node.args[p], fx.Node) and rank(o) > 1 for p in (a, b))
+        return [Product(a, b, -1, -2), Product(b, a, -2, -1)] if both else []
+
+    return products
+
+
+traits("linear", products=_of_linear, scores=True, role=Role.LINEAR)
+traits("lora.linear", products=_of_linear)
+traits("mm bmm grouped_mm transformers.grouped_mm_fallback", factors=(0, 1))
+traits("addmm baddbmm", factors=(1, 2))
+traits("mm matmul", products=_of_matrices(0, 1), scores=True)
+traits("bmm", products=_of_matrices(0, 1))
+traits("addmm", products=_of_matrices(1, 2), scores=True)
+traits("baddbmm", products=_of_matrices(1, 2))
+traits("grouped_mm transformers.grouped_mm_fallback", products=lambda node, rank: [Product(0, 1, -1, -2)])
 
 
 @rule(aten.linear.default)

@@ -11,8 +11,12 @@ import shear_passes.composed  # noqa: F401  # defines the operators
 from shear_ir.axes import Dim, Dims, axis, product
 from shear_passes.ops.conv import conv
 from shear_passes.ops.registry import Site, rule
+from shear_passes.ops.traits import traits
 
 _lora = torch.ops.lora
+
+
+traits("lora.experts", chooses=True, converts=True)
 
 
 @rule(_lora.linear.default)

@@ -11,8 +11,18 @@ from torch import fx
 from shear_ir.axes import Dims, axis, product, resolve
 from shear_passes.ops.registry import Need, Results, Site, Vanish, resize, rule
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
+
+
+traits("rms_norm", epsilon=3)
+traits("layer_norm native_layer_norm group_norm", epsilon=4)
+traits("native_batch_norm_legit_no_training", epsilon=6)
+traits("batch_norm instance_norm", epsilon=7)
+traits("weight_norm weight_norm_interface", chooses=True)
+traits("softmax", reduces=Reduces.SHARE, low=Low.SHARES, sign=Sign.NOT_NEGATIVE, keeps_order=True)
+traits("log_softmax", low=Low.LOG_SHARES, keeps_order=True)
 
 
 @rule(aten.layer_norm.default, aten.native_layer_norm.default)

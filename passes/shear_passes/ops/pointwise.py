@@ -9,34 +9,11 @@ from typing import Any
 import torch
 
 from shear_ir.axes import ONE, Dim, Dims, axis, concat
+from shear_passes.ops.elementwise import LAWS, UNTAGGED
 from shear_passes.ops.registry import Entry, Site, Vanish, rule, wrap
+from shear_passes.ops.traits import row_name
 
 aten = torch.ops.aten
-
-# Operators by name, without the underscore of those that write in place.
-_PRODUCTS = {"mul", "multiply", "__and__", "__iand__", "bitwise_and", "logical_and"}
-_SUMS = {
-    "add", "sub", "subtract", "rsub", "__or__", "__ior__", "bitwise_or", "logical_or", "maximum", "minimum", "fmax",
-    "fmin", "complex", "hypot", "addcmul",
-}  # fmt: skip
-_FIRST = {"div", "divide", "true_divide", "pow", "fmod", "remainder", "ldexp", "floor_divide"}
-_ZERO_TO_ZERO = {
-    "abs", "absolute", "asin", "asinh", "atan", "atanh", "ceil", "celu", "clone", "elu", "erf", "expm1", "floor",
-    "frac", "gelu", "hardshrink", "hardswish", "leaky_relu", "log1p", "mish", "nan_to_num", "neg", "negative",
-    "positive", "relu", "relu6", "round", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "softsign",
-    "sqrt", "square", "tan", "tanh", "trunc",
-}  # fmt: skip
-
-
-_UNTAGGED = {
-    "__and__", "__or__", "__xor__", "__iand__", "__ior__", "__ixor__", "__lshift__", "__rshift__", "where",
-    "masked_fill", "multiply", "subtract", "divide", "true_divide", "negative", "absolute", "square", "relu6", "selu",
-    "rsub", "maximum", "minimum", "fmod", "remainder", "floor_divide", "logical_and", "logical_or", "isnan", "isinf",
-    "isfinite", "nan_to_num", "softplus", "hardswish", "float_power", "ldexp", "greater", "less", "not_equal",
-    "greater_equal", "less_equal", "log_sigmoid", "rrelu", "celu", "silu", "abs", "mish", "threshold", "polar",
-    "complex",
-}  # fmt: skip
-"""Elementwise by their definition, though the composite ops among them carry no tag."""
 
 
 def broadcast(site: Site, operands: Sequence[Dims]) -> Dims:
@@ -74,15 +51,10 @@ def pointwise_entry(op: Any) -> Entry | None:
     """A row for any op that its tag calls pointwise; None for the others."""
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten":
         return None
-    name = op.overloadpacket.__name__
-    name = name if name.endswith("__") else name.removesuffix("_")
-    if torch.Tag.pointwise not in op.tags and name not in _UNTAGGED:
+    name = row_name(op)
+    if torch.Tag.pointwise not in op.tags and name not in UNTAGGED:
         return None
-    if name in _PRODUCTS:
-        return Entry(pointwise, Vanish.ANY)
-    if name in _SUMS:
-        return Entry(pointwise, Vanish.ALL)
-    return Entry(pointwise, Vanish.FIRST if name in _FIRST | _ZERO_TO_ZERO else Vanish.NEVER)
+    return Entry(pointwise, LAWS.get(name, Vanish.NEVER))
 
 
 @cache

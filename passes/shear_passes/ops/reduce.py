@@ -10,6 +10,7 @@ import torch
 from shear_ir.axes import ONE, Dim, Dims, axis
 from shear_passes.ops.registry import Need, Results, Site, Vanish, resize, rule, wrap
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
 
@@ -30,6 +31,16 @@ def _rest(x: Dims, places: Sequence[int], keepdim: bool) -> Dims:
         elif keepdim:
             out.append(ONE)
     return tuple(out)
+
+
+traits("sum", reduces=Reduces.SUM, low=Low.REDUCED, sign=Sign.FIRST)
+traits("nansum", reduces=Reduces.SUM)
+traits("cumsum", reduces=Reduces.SUM, along=True, cumulates=True)
+traits("mean", reduces=Reduces.MEAN, low=Low.REDUCED, sign=Sign.FIRST)
+traits("linalg_vector_norm norm linalg_norm", reduces=Reduces.NORM)
+traits("var std", reduces=Reduces.SPREAD)
+traits("amax amin max min median nanmedian mode kthvalue sort topk cummax cummin", picks=True)
+traits("cummax cummin", along=True)
 
 
 @rule(

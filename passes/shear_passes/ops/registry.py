@@ -258,11 +258,12 @@ def entry_of(op: Any) -> Entry | None:
 
 def op_name(node: fx.Node) -> str:
     """The operator as the text IR spells it: ``aten.linear`` for ``aten.linear.default``."""
-    return _target_name(node.target)
+    return target_name(node.target)
 
 
 @cache
-def _target_name(target: Any) -> str:
+def target_name(target: Any) -> str:
+    """The operator of a call's target."""
     text = str(target) if hasattr(target, "overloadpacket") else getattr(target, "__name__", "call")
     return text.removesuffix(".default")
 

@@ -10,8 +10,14 @@ import torch
 from shear_ir.axes import ONE, Concat, Dim, Dims, axis, concat, product, split
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
+
+
+traits("select", leads=True)
+traits("cat concat stack flip", copies=True)
+traits("pad constant_pad_nd", copies=True, pads=True, fills_in=True)
 
 
 @rule(aten.slice.Tensor, aten.narrow.default, vanish=Vanish.MOVED)

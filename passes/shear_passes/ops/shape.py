@@ -6,12 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from shear_ir.axes import ONE, Dims, axis, concat, product
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
 from shear_passes.ops.resizing import Change
+from shear_passes.ops.traits import Asks, Layout, traits
 
 aten = torch.ops.aten
+
+
+def _swapped(node: fx.Node, rank: int) -> list[int]:
+    order = list(range(rank))
+    a, b = (wrap(int(str(d)), rank) for d in node.args[1:3])
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+traits("t numpy_T", order=lambda node, rank: list(range(rank))[::-1])
+traits("transpose", order=_swapped)
+traits("permute", order=lambda node, rank: [wrap(d, rank) for d in node.args[1]])
+traits("unsqueeze", leads=True)
+traits("reshape reshape_as flatten ravel", layout=Layout.BY_STRIDES)
+traits("contiguous", layout=Layout.BY_STRIDES, converts=True)
+traits("to type_as alias detach lift_fresh", layout=Layout.SAME, converts=True)
+traits("to.dtype_layout", layout=Layout.BY_STRIDES)
+traits("clone to_copy lift_fresh_copy", converts=True)
+traits("dropout feature_dropout alpha_dropout feature_alpha_dropout", layout=Layout.SAME, drops=True, mixes=True)
+traits("set", mixes=True)
+traits("sym_size", asks=Asks.SIZE)
+traits("sym_numel sym_stride sym_storage_offset", asks=Asks.LAYOUT)
 
 
 @rule(
