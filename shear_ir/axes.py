@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -165,6 +166,32 @@ def freeze(dim: Dim, reason: str, hold: Hold = Hold.HARD, at: str = "") -> None:
     for atom in atoms(dim):
         if atom.freeze is None or atom.freeze.hold < hold:
             atom.freeze = Freeze(reason, hold, at)
+
+
+class Freezes:
+    """Freezes beside those that inference gave to the axes, which a later analysis finds and returns.
+
+    The axes themselves stay as they were inferred, so that their analysis means the same whoever ran after it.
+    """
+
+    def __init__(self, found: Mapping[Axis, Freeze] = MappingProxyType({})) -> None:
+        self._found = dict(found)
+
+    def add(self, dim: Dim, reason: str, hold: Hold = Hold.HARD, at: str = "") -> None:
+        """Freeze every atom of ``dim``; the first reason of the firmest hold is the one that stays."""
+        for atom in atoms(dim):
+            known = self.of(atom)
+            if known is None or known.hold < hold:
+                self._found[atom] = Freeze(reason, hold, at)
+
+    def of(self, atom: Axis) -> Freeze | None:
+        """Why an atom cannot lose indices; None where it can."""
+        return self._found.get(atom, atom.freeze)
+
+    @property
+    def found(self) -> Mapping[Axis, Freeze]:
+        """Those that were added."""
+        return MappingProxyType(self._found)
 
 
 def unify(left: Dim, right: Dim, where: str = "", at: str = "") -> bool:

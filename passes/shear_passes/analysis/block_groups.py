@@ -94,7 +94,7 @@ def block_groups(program: Program, axes: Axes, blocks: Sequence[Block]) -> Itera
 
 def _group(program: Program, axes: Axes, kind: Kind, module: str, units: Sequence[Unit]) -> BlockGroup:
     stuck = all(unit.reason for unit in units)
-    axis = Axis(len(units), freeze=Freeze(units[0].reason) if stuck else None)
+    axis = Axis(len(units))
     slices = tuple(
         Owned(parameter, 0, axes.of_param[parameter][0], axis, place)
         for place, unit in enumerate(units)
@@ -102,7 +102,10 @@ def _group(program: Program, axes: Axes, kind: Kind, module: str, units: Sequenc
         if axes.of_param[parameter]
     )
     sizes = [sum(program.params[p].numel for p in u.parameters if program.params[p].kind == "parameter") for u in units]
-    return BlockGroup("", kind, len(units), axis, slices, sum(sizes) // len(units), module, tuple(units))
+    return BlockGroup(
+        "", kind, len(units), axis, slices, sum(sizes) // len(units), module, tuple(units),
+        freeze=Freeze(units[0].reason) if stuck else None,
+    )  # fmt: skip
 
 
 class _Layers:

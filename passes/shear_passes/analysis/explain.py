@@ -58,7 +58,7 @@ class _Writer:
         ends = list(dict.fromkeys([*first, *self.slices(group)]))
         graph.add_nodes_from(ends)
         reached = nx.node_connected_component(graph, ends[0])
-        held = group.axis.freeze
+        held = group.freeze
         return Proof(
             group=group.name,
             kind=group.kind,
@@ -120,7 +120,7 @@ class _Writer:
 
     def _freeze(self, graph: nx.Graph[Place | Tie], group: Group, first: Sequence[Place]) -> Chain | None:
         """The shortest chain from a slice to the call that froze the axis."""
-        held = group.axis.freeze
+        held = group.freeze
         assert held is not None
         node, goal = self.ties.node[held.at], Tie(held.at, -1)
         mine = [p for n in (*node.all_input_nodes, node) for p in self.ties.places(n, group.axis)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import takewhile
 
-from shear_ir.axes import Axis, Dim, Dims, atoms, evaluate, freeze, resolve, show
+from shear_ir.axes import Axis, Dim, Dims, Freezes, atoms, evaluate, resolve, show
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.plans import Cut
 from shear_ir.program import Param, Program
@@ -100,11 +100,12 @@ class FindGroups(Analysis[Groups]):
         axes = analyses.get(InferAxes())
         zeros = analyses.get(FindZeros())
         slices = _slices(program, axes)
+        freezes = Freezes(zeros.frozen)
         for atom in slices:
-            if atom.freeze is None and atom not in zeros.contracted and atom not in zeros.routers:
-                freeze(atom, "no operator sums over the axis: its entries are only picked or passed on")
+            if freezes.of(atom) is None and atom not in zeros.contracted and atom not in zeros.routers:
+                freezes.add(atom, "no operator sums over the axis: its entries are only picked or passed on")
         kinds = find_roles(program, axes, zeros, slices)
-        named = tuple(_named(program, slices, kinds, axes, zeros))
+        named = tuple(_named(program, slices, kinds, axes, zeros, freezes))
         found: tuple[Block, ...] = analyses.get(FindBlocks())
         blocks = list(block_groups(program, axes, found))
         return Groups(program, axes, zeros, named, tuple(map(_called, blocks, _names([b.kind for b in blocks]))))
@@ -128,8 +129,9 @@ def _slices(program: Program, axes: Axes) -> dict[Axis, list[Slice]]:
 
 
 def _named(
-    program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes, zeros: Zeros
-) -> Iterator[Group]:
+    program: Program, slices: Mapping[Axis, list[Slice]], kinds: Mapping[Axis, Kind], axes: Axes, zeros: Zeros,
+    freezes: Freezes,
+) -> Iterator[Group]:  # fmt: skip
     names = _names([kinds[atom] for atom in slices])
     least, multiples = _least(zeros), _multiples(axes)
     for name, (atom, owned) in zip(names, slices.items(), strict=True):
@@ -140,7 +142,7 @@ def _named(
         modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
         yield Group(
             name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules),
-            least=least.get(atom, 1), multiple=multiples.get(atom, 1),
+            least=least.get(atom, 1), multiple=multiples.get(atom, 1), freeze=freezes.of(atom),
         )  # fmt: skip
 
 

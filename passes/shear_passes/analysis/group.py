@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
-from shear_ir.axes import Axis, Dim, Hold, Indices, owners
+from shear_ir.axes import Axis, Dim, Freeze, Hold, Indices, owners
 from shear_passes.analysis.roles import Kind
 
 
@@ -34,7 +34,8 @@ class Group:
     """A prunable axis, or one that would be but for ``reason``. Unit i is index i and the slices it owns.
 
     ``least``: how many units have to stay, as of experts of which so many are chosen for every token. ``multiple``:
-    the number of units that stay is a multiple of it, where a kernel wants that of its operands.
+    the number of units that stay is a multiple of it, where a kernel wants that of its operands. ``freeze``: what holds
+    it, found by any of the analyses.
     """
 
     name: str
@@ -47,21 +48,22 @@ class Group:
     _: KW_ONLY
     least: int = 1
     multiple: int = 1
+    freeze: Freeze | None = None
 
     @property
     def prunable(self) -> bool:
         """Whether units can be removed as they are."""
-        return self.axis.freeze is None
+        return self.freeze is None
 
     @property
     def rescalable(self) -> bool:
         """Whether only a norm holds the axis that an exact rescaling can lift."""
-        return self.axis.freeze is not None and self.axis.freeze.hold is Hold.NORM
+        return self.freeze is not None and self.freeze.hold is Hold.NORM
 
     @property
     def reason(self) -> str:
         """Why units cannot be removed; empty when they can."""
-        return "" if self.axis.freeze is None else self.axis.freeze.reason
+        return "" if self.freeze is None else self.freeze.reason
 
     @property
     def parameters(self) -> tuple[str, ...]:

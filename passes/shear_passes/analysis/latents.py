@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from shear_ir.axes import Axis, Hold
+from shear_ir.axes import Axis, Freezes, Hold
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.ops.registry import Vanish
 from shear_passes.ops.traits import Role, traits_of
@@ -19,11 +19,12 @@ from shear_passes.ops.traits import Role, traits_of
 _ENDS = (Role.SUM, Role.DIFFERENCE, Role.EMBEDDING)
 
 
-def latents(axes: Axes, found: Iterable[Axis]) -> set[Axis]:
+def latents(axes: Axes, found: Iterable[Axis], freezes: Freezes) -> set[Axis]:
     """Those of ``found`` that only a norm holds, over what no activation came before."""
     nodes = {node.name: node for node in axes.program.calls()}
     made = {contraction.node for contraction in axes.contractions if len(contraction.operands) > 1}
-    held = [(a, nodes.get(a.freeze.at)) for a in found if a.freeze is not None and a.freeze.hold is Hold.NORM]
+    why = [(atom, freezes.of(atom)) for atom in found]
+    held = [(atom, nodes.get(freeze.at)) for atom, freeze in why if freeze is not None and freeze.hold is Hold.NORM]
     return {atom for atom, norm in held if norm is not None and _as_made(axes, norm, made)}
 
 

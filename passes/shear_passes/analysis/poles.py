@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from shear_ir.axes import Axis, atoms, freeze
+from shear_ir.axes import Axis, Freezes, atoms
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.removed import Removed
 from shear_passes.ops.domain import conditional, has_value
@@ -19,8 +19,8 @@ from shear_passes.ops.traits import Low, traits_of
 class Poles:
     """Freezes the axes at whose removed indices a call is not shown to have a value."""
 
-    def __init__(self, axes: Axes, removed: Removed) -> None:
-        self.axes, self.removed = axes, removed
+    def __init__(self, axes: Axes, removed: Removed, freezes: Freezes) -> None:
+        self.axes, self.removed, self.freezes = axes, removed, freezes
 
     def check(self, node: fx.Node) -> None:
         """Operators that have a value everywhere cost nothing."""
@@ -43,7 +43,7 @@ class Poles:
         if not has_value(node, known):
             divided = any(known[operand] == ZERO for operand in operands)
             reason = "removed entries would be divided by" if divided else "removed entries need not have a value"
-            freeze(atom, f"{reason} at %{node.name} = {op_name(node)}", at=node.name)
+            self._hold(atom, reason, node)
 
     def _check_norm(self, node: fx.Node, place: int) -> None:
         """A norm that adds nothing to a variance divides by it; the axes that it runs over are not its concern."""
@@ -52,7 +52,9 @@ class Poles:
             dims = self.axes.dims(node.args[0])
             over = node.args[1] if isinstance(node.args[1], (list, tuple)) else ()
             for atom in self._carried(dims[: len(dims) - len(over)]):
-                freeze(atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name)
+                self.freezes.add(
+                    atom, f"removed entries would be divided by at %{node.name} = {op_name(node)}", at=node.name
+                )
 
     def _check_softmax(self, node: fx.Node) -> None:
         """A softmax along another dim finds nothing but minus infinity where an index is not to be chosen."""
@@ -60,7 +62,12 @@ class Poles:
         if isinstance(source, fx.Node):
             low = self.removed.low.get(source.name, frozenset())
             for atom in low - set(atoms(self.axes.dims(source)[node.args[1]])):  # type: ignore[index]
-                freeze(atom, f"removed entries would have no softmax at %{node.name} = {op_name(node)}", at=node.name)
+                self.freezes.add(
+                    atom, f"removed entries would have no softmax at %{node.name} = {op_name(node)}", at=node.name
+                )
+
+    def _hold(self, atom: Axis, reason: str, node: fx.Node) -> None:
+        self.freezes.add(atom, f"{reason} at %{node.name} = {op_name(node)}", at=node.name)
 
     def _carried(self, dims: Iterable[object]) -> dict[Axis, None]:
         return dict.fromkeys(a for dim in dims for a in atoms(dim))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from torch import fx
 
-from shear_ir.axes import Axis, Concat, Dim, Product, atoms, resolve
+from shear_ir.axes import Axis, Concat, Dim, Freezes, Product, atoms, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.analysis.latents import latents
@@ -60,7 +60,7 @@ def find_roles(program: Program, axes: Axes, zeros: Zeros, slices: Mapping[Axis,
     made, read, convolved = _made_and_read(axes)
     assign(convolved, "conv_channel")
     between = made & read
-    assign(latents(axes, between), "other")
+    assign(latents(axes, between, Freezes(zeros.frozen)), "other")
     assign(between, "ffn")
     return {atom: kinds.get(atom, "other") for atom in slices}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from shear_ir.axes import Axis, Concat, Dim, Product, atoms, freeze, resolve
+from shear_ir.axes import Axis, Concat, Dim, Freezes, Product, atoms, resolve
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.ops.registry import Ranking, Vanish, op_name
@@ -82,8 +82,9 @@ class Writes:
 class Scores:
     """Which parameters make the scores of the chosen axes, by one walk back from every choice."""
 
-    def __init__(self, program: Program, axes: Axes, writes: Writes) -> None:
+    def __init__(self, program: Program, axes: Axes, writes: Writes, freezes: Freezes) -> None:
         self.program = program
+        self.freezes = freezes
         self.axes = axes
         self.by_node: dict[str, list[Ranking]] = {}
         # What was scored by which tensor: its name and dim, by atom.
@@ -179,23 +180,25 @@ class Scores:
                     if self.axes.vanish.get(user.name) is Vanish.MOVED:
                         stack.append(user)
                     elif atom not in self.made.get(user.name, ()):
-                        freeze(atom, f"what scores the axis is read in another way at {_at(user)}", at=user.name)
+                        self.freezes.add(
+                            atom, f"what scores the axis is read in another way at {_at(user)}", at=user.name
+                        )
 
     def choose(self, ranking: Ranking, losing: Atoms) -> None:
         """Freeze what a comparison would not leave alone; ``losing``: the atoms whose removed entries lose in it."""
         for atom in dict.fromkeys(atoms(ranking.over)):
             if atom not in losing:
-                freeze(atom, ranking.reason, at=ranking.node.name)
-        if ranking.count and any(a.freeze is None for a in atoms(ranking.over)):
+                self.freezes.add(atom, ranking.reason, at=ranking.node.name)
+        if ranking.count and any(self.freezes.of(a) is None for a in atoms(ranking.over)):
             self._count(ranking)
 
     def _count(self, ranking: Ranking) -> None:
         left = self._open(ranking.operand, frozenset(atoms(ranking.over)), ranking.node)
         if isinstance(left, fx.Node):
             reason = f"how many candidates a choice leaves is not known after {_at(left)}"
-            freeze(ranking.over, reason, at=left.name)
+            self.freezes.add(ranking.over, reason, at=left.name)
         elif _has_concat(ranking.over):
-            freeze(ranking.over, ranking.reason, at=ranking.node.name)
+            self.freezes.add(ranking.over, ranking.reason, at=ranking.node.name)
         else:
             self.choices.append(Choice(ranking.node.name, ranking.over, ranking.count, left.only, left.fewer))
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from shear_ir.axes import Axis, Dim, Dims, Hold, atoms, freeze
+from shear_ir.axes import Axis, Dim, Dims, Freeze, Freezes, Hold, atoms
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import Axes, InferAxes
@@ -43,7 +43,8 @@ class Zeros:
     ``low``: the atoms at whose removed indices a value is minus infinity instead; ``scored``: where the mask puts that.
     ``repeated``: those at which it is that of the index before.
     ``routers``: for each atom whose indices are chosen, names of the tensors that score it with the dim it is in there;
-    ``choices``: the choices, each of which needs so many indices to choose from.
+    ``choices``: the choices, each of which needs so many indices to choose from. ``frozen``: the axes that removed
+    entries hold, beside those that inference froze.
     """
 
     of_node: Mapping[str, Atoms]
@@ -54,11 +55,12 @@ class Zeros:
     repeated: Mapping[str, Atoms] = field(default_factory=dict)
     routers: Mapping[Axis, Mapping[str, int]] = field(default_factory=dict)
     choices: tuple[Choice, ...] = ()
+    frozen: Mapping[Axis, Freeze] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FindZeros(Analysis[Zeros]):
-    """One walk; freezes the axes of contractions that removed indices would change."""
+    """One walk; what contractions that removed indices would change hold is part of the result."""
 
     requires = (InferAxes,)
 
@@ -82,10 +84,12 @@ class _Walk:
         self.home = self.writes.home
         self.sharing: dict[str, list[str]] = {}
         self._distinct: dict[int, tuple[Axis, ...]] = {}
-        self.scores = Scores(program, axes, self.writes)
+        self.freezes = Freezes()
+        self.scores = Scores(program, axes, self.writes, self.freezes)
         self.low: dict[str, Atoms] = {}
         self.losing = Losing(axes, self.scores, self.zero, self.low, {}, self._aligned_in, self._moved)
-        self.poles = Poles(axes, Removed(program, axes, self.writes, self.zero, self.low, self._counted_copies))
+        removed = Removed(program, axes, self.writes, self.zero, self.low, self._counted_copies)
+        self.poles = Poles(axes, removed, self.freezes)
 
     def run(self) -> Zeros:
         contracted: set[Axis] = set()
@@ -106,7 +110,7 @@ class _Walk:
         scored = {name: frozenset(made) for name, made in self.scores.made.items()}
         return Zeros(
             self.zero, self.made, frozenset(contracted), self.low, scored, self.losing.repeated,
-            self.scores.routers, tuple(self.scores.choices),
+            self.scores.routers, tuple(self.scores.choices), self.freezes.found,
         )  # fmt: skip
 
     def _zeros(self, node: fx.Node) -> Atoms:
@@ -237,9 +241,9 @@ class _Walk:
         for dim in contraction.over:
             for atom in set(atoms(dim)):
                 if not any(atom in self.zero.get(o.node.name, _NOTHING) for o in contraction.operands):
-                    freeze(atom, f"summed over where removed entries need not be zero at {where}", at=at)
+                    self.freezes.add(atom, f"summed over where removed entries need not be zero at {where}", at=at)
                 elif contraction.mean:
-                    freeze(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM, at)
+                    self.freezes.add(atom, f"a mean (RMS normalisation) runs over the axis at {where}", Hold.NORM, at)
 
 
 def _positive(exponent: Any) -> bool:

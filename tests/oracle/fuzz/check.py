@@ -312,7 +312,7 @@ def _places(group: Group, program: Program) -> frozenset[tuple[str, int]]:
 
 
 def _held(group: Group) -> Hold | None:
-    return group.axis.freeze.hold if group.axis.freeze else None
+    return group.freeze.hold if group.freeze else None
 
 
 def _reason(group: Group) -> str:
