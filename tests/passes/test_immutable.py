@@ -19,7 +19,7 @@ from tests.zoo import build
 LATER: list[Analysis[object]] = [FindZeros(), FindBlocks(), FindGroups()]
 
 
-@pytest.fixture(scope="module", params=["llama_gqa", "mixtral", "deepseek_v3"])
+@pytest.fixture(scope="module", params=["llama_gqa", "mixtral", "qwen3"])
 def program(request: pytest.FixtureRequest) -> Program:
     return sir.trace(build(request.param))
 

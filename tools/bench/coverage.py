@@ -287,7 +287,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Where the answers are kept, one file each.")] = HERE / "out" / "coverage",
-    docs: Annotated[Path, typer.Option(help="Where coverage.md and coverage.json go.")] = ROOT / "docs" / "coverage",
+    docs: Annotated[Path, typer.Option(help="Where coverage.md goes.")] = ROOT / "docs" / "coverage",
     only: Annotated[list[str] | None, typer.Option(help="Globs on task/type.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 2,
     limit: Annotated[float, typer.Option(help="Seconds for each.")] = 90.0,
@@ -313,8 +313,6 @@ def main(
     answers = [answer for n in everything if (answer := store.get(n)) is not None]
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "coverage.md").write_text(markdown(answers, store.versions, len(everything)), encoding="utf-8")
-    document = {"versions": store.versions, "summary": summary(answers), "architectures": answers}
-    (docs / "coverage.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     console.print_json(data=summary(answers))
     console.print(Counter(answer.get("failure", {}).get("stage", "no failure") for answer in answers))
 
