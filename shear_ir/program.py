@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
 from shear_ir.printer import plain
@@ -77,6 +77,21 @@ class Held:
     sizes: frozenset[int] | None = None
 
 
+class Source:
+    """The model that a program was traced from: whoever needs weights reads them here, while somebody wants it held.
+
+    ``state``: what the model was like then, devices among it; a program is found again for a model in that state.
+    """
+
+    def __init__(self, model: nn.Module, state: object) -> None:
+        self.model: nn.Module | None = model
+        self.state = state
+
+    def forget(self) -> None:
+        """Let go of the model, as of one that is large and no longer wanted."""
+        self.model = None
+
+
 @dataclass(frozen=True, eq=False)
 class Program:
     """A traced model.
@@ -88,8 +103,8 @@ class Program:
     stayed symbolic, so that the graph runs at other sizes; ``fixed``: inputs by name with the dims that did not,
     because the model's forward takes their size as a number. ``guards``: what forward asked of the sizes of its
     inputs on the way that was traced, as in ``x.shape[1] <= 8``; it may take another where one does not hold. ``feed``:
-    the inputs that it was traced with. ``held``: modules by path whose values stay whole, as where forward takes a
-    way that was not traced.
+    the inputs that it was traced with. ``source``: the model itself, where there is one; a rewrite has none. ``held``:
+    modules by path whose values stay whole, as where forward takes a way that was not traced.
     """
 
     graph: fx.Graph
@@ -105,6 +120,7 @@ class Program:
     owner: str = "model"
     feed: Feed | None = field(default=None, repr=False)
     held: Mapping[str, Held] = field(default_factory=dict)
+    source: Source | None = field(default=None, repr=False)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

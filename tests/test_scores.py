@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from typing import Any
 
 import accelerate
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_passes.importance import DEFAULT_WITH_DATA, Taylor
+from shear_tools.api import pipeline
 from tests.calibrated import batches, traced
 from tests.zoo import build
 
@@ -102,11 +104,19 @@ def test_data_that_the_model_cannot_read_or_predict_is_refused() -> None:
 
 
 @pytest.mark.anew
-def test_a_program_whose_model_is_gone_is_not_run_on_data() -> None:
+def test_a_program_holds_its_model_until_it_is_let_go() -> None:
     program = sir.trace(nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)), torch.randn(3, 6))
     gc.collect()
+    data = [torch.randn(7, 6)]
+    assert sir.plan(program, ratio=0.3, importance="wanda", data=data).ratio > 0.2
+    reference = weakref.ref(pipeline.model_of(program))
+    pipeline.forget(program)
+    gc.collect()
+    assert reference() is None
     with pytest.raises(PlanError, match="the model of this program is gone"):
-        sir.scores(program, "wanda", data=[torch.randn(7, 6)])
+        sir.scores(program, "wanda", data=data)
+    with pytest.raises(PlanError, match="the model of this program is gone"):
+        sir.plan(program, ratio=0.3)
 
 
 NAMES = (

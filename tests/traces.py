@@ -32,16 +32,14 @@ def shared_traces(*, modules: bool = True) -> Iterator[None]:
 
     ``modules``: those that no config describes, too, which are told apart by their plain attributes.
     """
-    alive: list[nn.Module] = []
     with pytest.MonkeyPatch.context() as patched:
         for place, name in _TRACING:
-            patched.setattr(place, name, _remembering(export.trace, modules, alive))
+            patched.setattr(place, name, _remembering(export.trace, modules))
         yield
 
 
-def _remembering(trace: Callable[..., Program], modules: bool, alive: list[nn.Module]) -> Callable[..., Program]:
+def _remembering(trace: Callable[..., Program], modules: bool) -> Callable[..., Program]:
     def remembered(model: nn.Module, inputs: Any = None, *, dynamic: bool = False, ways: bool = False) -> Program:
-        alive.append(model)  # a program does not hold its model, and tests trace what nobody else holds
         if not (modules or hasattr(model, "config")) or any(map(_changed, model.modules())):
             return trace(model, inputs, dynamic=dynamic, ways=ways)
         feed = inputs_of(model, inputs)

@@ -26,7 +26,11 @@ _SPELLED = re.compile(r"(?P<name>[A-Za-z][\w-]*)\s*(?:\{(?P<options>.*)\})?", re
 
 def known_passes() -> Mapping[str, type[Pass]]:
     """Every pass of ours that is imported, by the name it is spelled with, sorted."""
-    ours = [cls for cls in (*_below(Analysis), *_below(Rewrite)) if cls.__module__.startswith("shear_")]
+    ours = [
+        cls
+        for cls in (*_below(Analysis), *_below(Rewrite))
+        if cls.__module__.startswith(("shear_passes.", "shear_backends."))
+    ]
     found = {cls.name(): cls for cls in ours if not getattr(cls.run, "__isabstractmethod__", False)}
     return types.MappingProxyType(dict(sorted(found.items())))
 

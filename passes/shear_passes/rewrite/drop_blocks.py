@@ -78,6 +78,7 @@ def without_blocks(program: Program, units: Sequence[Unit]) -> Program:
     left = {node.name for node in graph.nodes}
     return replace(
         program,
+        source=None,
         graph=graph,
         types={name: types for name, types in program.types.items() if name in left},
         params={name: param for name, param in program.params.items() if name not in gone.parameters},
@@ -99,6 +100,7 @@ def moved_up(program: Program, gone: Gone) -> Program:
         env[node].meta = {**node.meta, "nn_module_stack": _stack(node, gone.modules)}
     return replace(
         program,
+        source=None,
         graph=graph,
         params={
             names[name]: replace(p, name=names[name], aliases=tuple(_kept_names(p.aliases, gone.modules)))

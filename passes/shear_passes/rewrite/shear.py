@@ -103,7 +103,7 @@ class _Rewriter:
                     if self.size(dim) != dim.size}  # fmt: skip
             self.constants[name] = cut_tensor(tensor, kept)
         return replace(
-            self.program, graph=self.graph, types=self.types, params=self.params,
+            self.program, source=None, graph=self.graph, types=self.types, params=self.params,
             of_placeholder=self.of_placeholder, constants=self.constants,
         )  # fmt: skip
 

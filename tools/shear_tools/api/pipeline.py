@@ -35,7 +35,7 @@ from shear_ir.frontend.state import State
 from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
-from shear_ir.program import Program
+from shear_ir.program import Program, Source
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.explain import Explain
@@ -47,7 +47,8 @@ from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_gains import gained
 from shear_passes.rewrite.shear import cut_tensors, shear_program
 
-_models: weakref.WeakKeyDictionary[Program, tuple[weakref.ref[nn.Module], State]] = weakref.WeakKeyDictionary()
+_traced: weakref.WeakSet[Program] = weakref.WeakSet()
+"""Programs that somebody holds, so that a model in the state it was traced in need not be traced again."""
 
 
 def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Program:
@@ -58,24 +59,24 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
     length symbolic. Adapters are raised to composed operators. Raises ``TraceError``.
     """
     model = unwrapped(model)
-    program = raise_lora(_trace(model, inputs, dynamic=dynamic, ways=True))
-    stands_for(program, model)
+    program = of_model(raise_lora(_trace(model, inputs, dynamic=dynamic, ways=True)), model)
     if inputs is not None:
         remember(model, as_inputs(model, inputs))
     return program
 
 
-def stands_for(program: Program, model: nn.Module) -> None:
-    """Let the weights of ``program`` be those of ``model``, which somebody else has to hold."""
-    _models[program] = weakref.ref(model), State.of(model)
-    weakref.finalize(model, _forget, weakref.ref(program)).atexit = False
+def of_model(program: Program, model: nn.Module) -> Program:
+    """``program`` with ``model`` as its source."""
+    found = replace(program, source=Source(model, State.of(model)))
+    _traced.add(found)
+    return found
 
 
-def _forget(program: weakref.ref[Program]) -> None:
-    """Let go of the weights of a model that is gone."""
-    manager = vars(program()).get("_analyses") if program() is not None else None
-    if manager is not None:
-        manager.weights = None
+def forget(program: Program) -> None:
+    """Let go of the weights of a program whose analyses are still wanted."""
+    if program.source is not None:
+        program.source.forget()
+    analyses(program)
 
 
 def analyses(program: Program) -> AnalysisManager:
@@ -273,17 +274,17 @@ def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
 
 
 def model_of(program: Program) -> nn.Module | None:
-    """The model that ``program`` was traced from, while somebody holds it."""
-    found = _models.get(program)
-    return None if found is None else found[0]()
+    """The model that ``program`` was traced from; None for a rewritten one, and where it was let go."""
+    return None if program.source is None else program.source.model
 
 
 def _program(model: nn.Module, inputs: Any, dynamic: bool = False) -> Program:
     """The program of ``model``: the last one that was traced of it as it is now, with these inputs, or a new one."""
     wanted = given_inputs(model) if inputs is None else as_inputs(model, inputs)
     now = State.of(model)
-    for program, (reference, then) in reversed(list(_models.items())):
-        if reference() is not model or program.dynamic != dynamic or then != now:
+    for program in list(_traced):
+        source = program.source
+        if source is None or source.model is not model or program.dynamic != dynamic or source.state != now:
             continue
         if wanted is None or (program.feed is not None and alike(program.feed.values, wanted)):
             return program

@@ -177,7 +177,8 @@ class _Asked:
         if self.change.repairs:
             with step("repairing"):
                 loaded = self.change.mended(loaded, plan, step)
-                result.model = loaded.model  # so that the dense one's memory is free
+                result.model = loaded.model
+                pipeline.forget(program)  # so that the dense one's memory is free
         with step("shearing"):
             small = pipeline.shear(loaded.model, plan, merge=self.merge)
         if self.verify:

@@ -22,6 +22,7 @@ from shear_ir.writing import write_text
 from shear_passes.importance import criterion
 from shear_passes.select import ALLOCATIONS
 from shear_tools.api import pipeline, planning
+from shear_tools.api.plan_latency import Known
 from shear_tools.api.repairing import Repairs, named
 from shear_tools.workflow.work import alone, digest_of
 from shear_training.data import Progress
@@ -175,7 +176,7 @@ class _Bench:
     def _scores(self, name: str) -> Any:
         if name not in self.scored:
             self.scored[name] = planning.scores(self.program, name, data=self.data, seed=self.seed)[name]
-        return planning.Known(name, self.scored[name])
+        return Known(name, self.scored[name])
 
     def _repairs(self, name: str) -> Repairs:
         if name not in self.repairs:
