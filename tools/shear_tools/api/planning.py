@@ -78,6 +78,8 @@ def plan(
         allocation=allocation, budget=budget, round_to=round_to, floor=floor, only=tuple_of(only), skip=tuple_of(skip),
         kinds=tuple_of(kinds), seed=seed, stock=stock, frozen=tuple_of(frozen), knowledge=knowledge,
     )  # fmt: skip
+    if ask.wide or not ask.deep:  # here, where a warning names the user's line
+        ask = replace(ask, importance=chosen(importance, program, data, seed))
     return planned(program, ask, Given(data=data, loss=loss, progress=progress, weights=weights))
 
 
