@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shear_ir.axes import Axis, Dims, Hold, show
+from shear_ir.axes import Axis, Dims, Freezes, Hold, show
 from shear_ir.frontend.export import trace
 from shear_ir.manager import AnalysisManager
 from shear_ir.nodes import operands
@@ -54,11 +54,13 @@ def typed(call: Callable[..., Any], *, rounds: int = 3, **tensors: tuple[int, ..
 
 def _lines(axes: Axes, zeros: Zeros, names: list[str]) -> Iterator[str]:
     letters: dict[Axis, str] = {}
+    freezes = Freezes(zeros.frozen)
 
     def name(atom: Axis) -> str:
         place = len(letters)
         letter = letters.setdefault(atom, chr(97 + place % 26) + (str(place // 26) if place > 25 else ""))
-        return letter + ("" if atom.freeze is None else "~" if atom.freeze.hold is Hold.NORM else "!")
+        held = freezes.of(atom)
+        return letter + ("" if held is None else "~" if held.hold is Hold.NORM else "!")
 
     def line(dims: Dims) -> str:
         return "[" + ", ".join(show(d, name) for d in dims) + "]"
@@ -71,7 +73,7 @@ def _lines(axes: Axes, zeros: Zeros, names: list[str]) -> Iterator[str]:
         for dims in axes.of_node[node.name]:
             yield f"{'->':{width}} {line(dims)}"
     yield from _zero(axes, zeros, letters)
-    yield from _reasons(letters)
+    yield from _reasons(letters, freezes)
 
 
 def _zero(axes: Axes, zeros: Zeros, letters: dict[Axis, str]) -> Iterator[str]:
@@ -83,11 +85,12 @@ def _zero(axes: Axes, zeros: Zeros, letters: dict[Axis, str]) -> Iterator[str]:
         yield "zero: " + ", ".join(text or "-" for text in found)
 
 
-def _reasons(letters: dict[Axis, str]) -> Iterator[str]:
+def _reasons(letters: dict[Axis, str], freezes: Freezes) -> Iterator[str]:
     held: dict[str, list[str]] = {}
     for atom, letter in letters.items():
-        if atom.freeze is not None:
+        found = freezes.of(atom)
+        if found is not None:
             # An atom that was solved since has a number but no letter.
-            held.setdefault(re.sub(r"\ba\d+:", "", atom.freeze.reason), []).append(letter)
+            held.setdefault(re.sub(r"\ba\d+:", "", found.reason), []).append(letter)
     for reason, names in held.items():
         yield f"{' '.join(names)}: {reason}"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from shear_ir.axes import ONE, Axis, Dims, Hold, Mask, atoms, mask
+from shear_ir.axes import ONE, Axis, Dims, Freezes, Hold, Mask, atoms, mask
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.manager import AnalysisManager
@@ -57,7 +57,8 @@ def check_calls(model: nn.Module, axes: Axes, zeros: Zeros, feed: Inputs, *, rou
     """
     rng = np.random.default_rng(seed)
     dims = [d for dims in axes.of_param.values() for d in dims]
-    free = [a for a in dict.fromkeys(a for d in dims for a in atoms(d)) if not a.freeze or a.freeze.hold is Hold.NORM]
+    held = {a: Freezes(zeros.frozen).of(a) for d in dims for a in atoms(d)}
+    free = [atom for atom, freeze in held.items() if freeze is None or freeze.hold is Hold.NORM]
     for _ in range(rounds):
         kept = {atom: _some(atom.size, rng) for atom in free}
         _leave_choices(kept, zeros, rng)
