@@ -33,7 +33,7 @@ from tests.training.tiny import adapted, base_groups, lhspg, tokens
 from tests.workflow.tiny import RECIPE, run, write_data
 from tests.zoo import FAMILIES
 
-pytestmark = [pytest.mark.apart, pytest.mark.lengths]
+pytestmark = pytest.mark.apart
 
 CPU = torch.device("cpu")
 CRITERIA = [
@@ -105,6 +105,7 @@ def test_so_are_those_of_experts_and_of_blocks(pretend: Pretend) -> None:
         agree(scores(model, criterion), on_the_cpu)
 
 
+@pytest.mark.lengths
 @pytest.mark.parametrize("placed", ["whole", "split"])
 def test_a_model_is_traced_cut_checked_and_saved_there(pretend: Pretend, placed: str, tmp_path: Path) -> None:
     model = llama().to(pretend.second) if placed == "whole" else split(llama(), pretend.first, pretend.second)

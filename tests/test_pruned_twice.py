@@ -13,8 +13,8 @@ from tests.roads import Traced, outputs, same, trace, traced
 from tests.test_families import kinds_of
 from tests.zoo import FAMILIES
 
-SEVERAL = ("mlp", "resnet", "llama_gqa", "gpt2", "falcon_mqa", "mixtral_batched", "t5")
-ALIKE = ("qwen3", "phi3", "bloom", "bert")
+SEVERAL = ("mlp", "resnet", "llama_gqa", "gpt2", "mixtral_batched")
+ALIKE = ("falcon_mqa", "t5", "qwen3", "phi3", "bloom", "bert")
 
 
 def twice(family: Traced) -> tuple[Plan, Plan, nn.Module]:
@@ -43,7 +43,9 @@ def test_pruning_twice_is_pruning_once_by_the_joined_plan(name: str) -> None:
     assert small.shear_record.plan.to_json() == joined.to_json()
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert", "phi3", "t5"])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "bert", "phi3", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gpt2", "t5"))]
+)
 def test_uneven_layers_are_saved_loaded_and_pruned_again(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name]()
     family = trace(model)
@@ -65,7 +67,9 @@ def test_uneven_layers_are_saved_loaded_and_pruned_again(name: str, tmp_path: Pa
     assert same(outputs(again, family.feed), outputs(small, family.feed))
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "qwen3", "bart"])
+@pytest.mark.parametrize(
+    "name", ["llama_gqa", "gpt2", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("qwen3", "bart"))]
+)
 def test_layers_that_compete_end_up_uneven_and_sound(name: str, tmp_path: Path) -> None:
     family = traced(name)
     plan = sir.plan(family.program, ratio=0.3, kinds=kinds_of(family), allocation="isomorphic")

@@ -10,7 +10,9 @@ from tests.roads import Traced, traced, units
 from tests.zoo import FAMILIES
 
 WHOLE = ("ffn", "kv_head", "query_group", "conv_channel")
-pytestmark = pytest.mark.unlike
+ALONE = ("mlp", "resnet", "llama_gqa", "gpt2", "vit")
+"""Families of which each is tried by default; group by group the others take minutes, and are thorough."""
+NAMES = [name if name in ALONE else pytest.param(name, marks=pytest.mark.thorough) for name in FAMILIES]
 # What the modules of one model may share in a single attribute, so that one layer cannot change alone.
 SHARED = ("head_dim", "rotary_pair")
 
@@ -21,7 +23,7 @@ def ends(family: Traced, kind: str) -> list[Group]:
     return list(dict.fromkeys([*able[:1], *able[-1:]]))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_group_of_the_first_and_last_layer_goes_alone_in_the_graph(name: str) -> None:
     family = traced(name)
     tried = outermost(family)
@@ -35,7 +37,7 @@ def outermost(family: Traced) -> list[Group]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_any_other_group_goes_alone_in_the_graph(name: str) -> None:
     family = traced(name)
     tried = outermost(family)
@@ -52,7 +54,7 @@ def _checked(family: Traced, group: Group, share: float) -> float:
     return report.moved
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_half_of_the_last_layers_heads_or_channels_go_alone_in_the_modules(name: str) -> None:
     family = traced(name)
     for kind in WHOLE:
@@ -61,7 +63,7 @@ def test_half_of_the_last_layers_heads_or_channels_go_alone_in_the_modules(name:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_unit_of_any_other_layers_heads_or_channels_goes_alone_in_the_modules(name: str) -> None:
     family = traced(name)
     for kind in WHOLE:
@@ -70,7 +72,7 @@ def test_one_unit_of_any_other_layers_heads_or_channels_goes_alone_in_the_module
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_head_channels_go_alone_in_the_modules_or_are_refused(name: str) -> None:
     family = traced(name)
     for kind in SHARED:

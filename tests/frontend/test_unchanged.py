@@ -95,7 +95,7 @@ _CALLS: dict[str, Callable[[nn.Module, Any, Plan, Path], Any]] = {
 }
 
 
-@pytest.mark.parametrize("made", [restless, longrope])
+@pytest.mark.parametrize("made", [restless, pytest.param(longrope, marks=pytest.mark.thorough)])
 def test_a_model_is_what_it_was_after_every_public_call(
     made: Callable[[], tuple[nn.Module, Any]], tmp_path: Path
 ) -> None:
