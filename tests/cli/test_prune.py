@@ -251,3 +251,15 @@ def test_a_damaged_plan_is_refused(shear: Shear, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"format": "shear-ir plan 1"}))
     refused = shear("prune", MLP, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out").sentence
     assert refused.startswith("this is not a plan: ")
+
+
+def test_a_graph_is_written_and_verified(shear: Shear, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ran = shear("prune", llama, "--ratio", "0.2", "--backend", "graph", "-o", out)
+    assert ran.code == 0
+    assert "stock  no (a graph, and no module of its class): shear_ir.load(OUT) does" in ran.out
+    assert {name: (out / name).read_text() for name in TOKENIZER} == TOKENIZER
+    checked = shear("verify", llama, out)
+    assert (checked.code, checked.err) == (0, "")
+    refused = shear("prune", llama, "--ratio", "0.2", "--backend", "tree", "-o", tmp_path / "other").sentence
+    assert refused == "there is no backend 'tree'; there are module and graph"

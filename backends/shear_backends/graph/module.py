@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shear_backends.graph.record import GraphRecord
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.feeds import tensors_in
 from shear_ir.program import Program, holds
@@ -52,12 +53,13 @@ class ShearedGraph(fx.GraphModule):
         return made
 
     sizes: _Sizes
+    record: GraphRecord | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShearedGraph:
         made = super().__deepcopy__(memo)
         assert isinstance(made, ShearedGraph)
         made.register_forward_pre_hook(self.sizes, with_kwargs=True)
-        made.sizes = self.sizes
+        made.sizes, made.record = self.sizes, self.record
         made.training = self.training
         return made
 

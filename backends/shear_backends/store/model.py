@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import ShearedGraph, tensors_of
 from shear_backends.module.adapters import require_lora
 from shear_backends.module.shear import RECORD, Record, skeleton_of
 from shear_backends.store.adapter import ADAPTERS, has_saved_adapters, with_adapters, write_adapters
 from shear_backends.store.folder import written_whole
+from shear_backends.store.graph import load_graph, write_graph
 from shear_backends.store.readback import Verdict, adapted_verdict, require_readable, stock_verdict
 from shear_backends.store.rebuild import rebuilt
 from shear_backends.store.record_file import (
@@ -50,6 +51,9 @@ _NEVER = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".safe
 _OURS = ("config.json", "generation_config.json", RECORD_FILE, PLAN_FILE)
 
 
+_HEAD = "---\nlibrary_name: transformers\ntags: [shear-ir, structured-pruning]\n---\n\n"
+
+
 @dataclass(frozen=True)
 class Saved:
     """Where a model was written. ``stock``: the stock class's ``from_pretrained`` gives the same function;
@@ -69,6 +73,8 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
     Raises ``SaveError`` when ``out`` exists (without ``force``), cannot be written, or would not load as it is.
     """
     model = _unwrapped(model)
+    if isinstance(model, ShearedGraph):
+        return _save_graph(model, Path(out), source, force)
     adapted = _is_peft(model)
     whole: Record | None = vars(model).get(RECORD)
     if adapted:
@@ -80,10 +86,7 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
     if any(t.is_meta for t in tensors_of(model).values()):
         raise SaveError("this model is on the meta device and has no weights to save")
     with written_whole(Path(out), force) as beside:
-        if source is not None:
-            if not Path(source).is_dir():
-                raise SaveError(f"there is no folder {source} to carry files along from")
-            carry(Path(source), beside)
+        _carry_from(source, beside)
         verdict = _write_model(dense, beside, record)
         if adapted:
             write_adapters(model, beside)
@@ -92,6 +95,25 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
             verdict = adapted_verdict(model, dense, beside, verdict)
         write_text(beside / "README.md", _card(dense, record, verdict) + _adapters_card(model, adapted))
     return Saved(Path(out), verdict.stock, verdict.note)
+
+
+def _save_graph(graph: ShearedGraph, out: Path, source: str | Path | None, force: bool) -> Saved:
+    note = "a graph, and no module of its class"
+    with written_whole(out, force) as beside:
+        _carry_from(source, beside)
+        write_graph(graph, beside)
+        assert graph.record is not None  # write_graph sees to it
+        card = _card_of(graph.record.model_class, graph.record.plan, Verdict(False, note))
+        write_text(beside / "README.md", card)
+    return Saved(out, False, note)
+
+
+def _carry_from(source: str | Path | None, folder: Path) -> None:
+    if source is None:
+        return
+    if not Path(source).is_dir():
+        raise SaveError(f"there is no folder {source} to carry files along from")
+    carry(Path(source), folder)
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, trust_remote_code: bool = False) -> nn.Module:
@@ -124,6 +146,8 @@ def _load_base(folder: Path, model: nn.Module | None, trust_remote_code: bool) -
     document = read_record(folder)
     if not document.sheared:
         return load_model(str(folder), trust_remote_code=trust_remote_code).model
+    if document.backend == "graph":
+        return load_graph(folder, document, model)
     record = document.record(Plan.load(folder / PLAN_FILE))
     if model is not None and type(plain_base(model) if has_adapters(model) else model).__name__ != document.model_class:
         raise PlanError(f"{folder} was made of a {document.model_class}, not of a {type(model).__name__}")
@@ -243,20 +267,25 @@ def carry(source: Path, folder: Path) -> None:
 
 
 def _card(model: nn.Module, record: Record | None, verdict: Verdict) -> str:
+    if record is not None:
+        return _card_of(type(model).__name__, record.plan, verdict)
     name = type(model).__name__
-    head = "---\nlibrary_name: transformers\ntags: [shear-ir, structured-pruning]\n---\n\n"
+    return (
+        f"{_HEAD}# {name}\n\nIt brought no record of what was cut from it, and lies here as it was. "
+        f"`{name}.from_pretrained(path)` loads it.\n"
+    )
+
+
+def _card_of(name: str, plan: Plan, verdict: Verdict) -> str:
     loads = f"`{name}.from_pretrained(path)` loads it."
-    if record is None:
-        return f"{head}# {name}\n\nIt brought no record of what was cut from it, and lies here as it was. {loads}\n"
     if not verdict.stock:
         loads = f"Stock transformers does not load it ({verdict.note}); `shear_ir.load(path)` does."
-    plan = record.plan
     names = {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs per token", "kv_bytes": "KV bytes per token"}
     rows = "\n".join(
         f"| {said} | {getattr(plan.before, key):,} | {getattr(plan.after, key):,} |" for key, said in names.items()
     )
     return (
-        f"{head}# {name}, sheared\n\n"
+        f"{_HEAD}# {name}, sheared\n\n"
         f"{100 * plan.ratio:.1f} % of the parameters are gone ({len(plan.cuts)} groups cut; `plan.json` says which). "
         f"{loads}\n\n| | dense | sheared |\n|---|---|---|\n{rows}\n"
     )

@@ -64,12 +64,13 @@ class _RmsNormsDocument(_Strict):
 class RecordDocument(_Strict):
     """The file that says how a sheared model came about; the plan lies beside it.
 
-    ``sheared``: False for a model that came without a record of a cut and lies there as its class saves it.
-    ``shapes``: of tensors that were given another size after the cut. ``casts``: the precision of buffers that the
-    class computes in another one.
+    ``backend``: which one made what lies beside it. ``sheared``: False for a model that came without a record of a cut
+    and lies there as its class saves it. ``shapes``: of tensors that were given another size after the cut. ``casts``:
+    the precision of buffers that the class computes in another one.
     """
 
     format: Literal["shear-ir record 1"]
+    backend: Literal["module", "graph"] = "module"
     model_class: str
     stock: bool
     config: dict[str, Any] | None

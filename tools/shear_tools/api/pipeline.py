@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import ShearedGraph, graph_module, tensors_of
+from shear_backends.graph.record import GraphRecord
 from shear_backends.module.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.module.adapters import require_lora
 from shear_backends.module.depth import shear_layers
 from shear_backends.module.proof import by_structure
-from shear_backends.module.shear import require_exact, shear_module
+from shear_backends.module.shear import RECORD, Record, of_transformers, require_exact, shear_module, skeleton_of
 from shear_backends.store import model as store
 from shear_backends.store.model import Saved
 from shear_backends.store.project import Projected, project_adapter
@@ -111,7 +113,7 @@ def shear(
     model: nn.Module,
     plan: Plan,
     *,
-    backend: Literal["module", "graph"] = "module",
+    backend: str = "module",
     inputs: Any = None,
     merge: bool = False,
 ) -> nn.Module:
@@ -124,23 +126,29 @@ def shear(
     and shares no tensor with the result. Raises ``PlanError`` for a plan of another model, ``ShearingError`` when the
     module backend cannot express the result, as for adapters other than LoRA and DoRA.
     """
-    if backend not in ("module", "graph"):
-        raise PlanError(f"there is no backend '{backend}'; there are module and graph")
-    if merge and (backend == "graph" or not has_adapters(model)):
-        raise PlanError("there are no adapters to merge" if backend == "module" else "the graph backend merges nothing")
+    require_backend(backend, merge)
+    if merge and not has_adapters(model):
+        raise PlanError("there are no adapters to merge")
     model = unwrapped(model)
     given = given_inputs(model) if inputs is None else as_inputs(model, inputs)
     with unchanged(model):
-        small = _sheared(model, plan, backend, given, merge)
+        small = BACKENDS[backend](model, plan, given, merge)
     if given is not None:
         remember(small, given)
     return small
 
 
-def _sheared(model: nn.Module, plan: Plan, backend: str, given: Inputs | None, merge: bool) -> nn.Module:
-    if backend == "graph":
-        found = groups(_program(model, given, dynamic=True))
-        return graph_module(shear_program(found, plan), _copies(model, found, plan))
+def _by_graph(model: nn.Module, plan: Plan, given: Inputs | None, merge: bool) -> nn.Module:
+    found = groups(_program(model, given, dynamic=True))
+    made = graph_module(shear_program(found, plan), _copies(model, found, plan))
+    assert isinstance(made, ShearedGraph)
+    before: Record | None = vars(model).get(RECORD)
+    by_config = of_transformers(model) and (before is None or before.stock)
+    made.record = GraphRecord.of(model, plan, None if by_config else skeleton_of(model))
+    return made
+
+
+def _by_modules(model: nn.Module, plan: Plan, given: Inputs | None, merge: bool) -> nn.Module:
     if has_adapters(model):
         adapted = _shear_adapted(model, plan, given)
         return merged(adapted) if merge else adapted
@@ -148,6 +156,26 @@ def _sheared(model: nn.Module, plan: Plan, backend: str, given: Inputs | None, m
     _exchange(model, program)
     by_modules = shear_layers if block_cuts(plan.cuts) else shear_module
     return by_modules(model, groups(program), plan, _fed(program, model))
+
+
+class Backend(Protocol):
+    """Makes the smaller model: ``plan`` applied to ``model``, which runs on the inputs ``given`` or examples."""
+
+    def __call__(self, model: nn.Module, plan: Plan, given: Inputs | None, merge: bool) -> nn.Module: ...
+
+
+BACKENDS: Mapping[str, Backend] = {"module": _by_modules, "graph": _by_graph}
+"""What ``shear(backend=...)`` and ``prune --backend`` take."""
+
+_MERGES = ("module",)
+
+
+def require_backend(name: str, merge: bool = False) -> None:
+    """Raise ``PlanError`` for a backend that there is not, or that merges no adapters where they are to be merged."""
+    if name not in BACKENDS:
+        raise PlanError(f"there is no backend '{name}'; there are {' and '.join(BACKENDS)}")
+    if merge and name not in _MERGES:
+        raise PlanError(f"the {name} backend merges no adapters")
 
 
 def _exchange(model: nn.Module, program: Program) -> None:

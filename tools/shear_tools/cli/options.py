@@ -131,6 +131,10 @@ BlockImportanceOption = Annotated[
     ),
 ]  # fmt: skip
 SeedOption = Annotated[int | None, typer.Option(help="Seed of a random criterion.", show_default="0", min=0)]
+BackendOption = Annotated[
+    str, typer.Option(metavar="module|graph", help="Write smaller modules of MODEL's class, or a graph.")
+]
+
 StockOption = Annotated[
     bool | None,
     typer.Option(

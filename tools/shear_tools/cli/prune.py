@@ -62,12 +62,15 @@ def prune(
         ),
     ] = False,
     stock: options.StockOption = None,
+    backend: options.BackendOption = "module",
     inputs: options.InputsOption = None,
     trust_remote_code: options.TrustOption = False,
     dtype: options.DtypeOption = None,
     json: options.JsonOption = False,
 ) -> None:
     """Remove a share of MODEL's parameters and write a smaller model of the same class to OUT.
+
+    --backend graph writes a graph instead, which shear_ir.load reads: for cuts that no class of modules can say.
 
     A PEFT model keeps its adapters, each in a folder of its own under OUT/adapters, unless they are merged.
 
@@ -82,7 +85,7 @@ def prune(
     read = None if data is None else scoring.Read(data, samples, device)
     change = Change((repair,) if repair else (), rotate, add_biases, read, trust_remote_code, choices.get("seed", 0))
     asked = _Asked(
-        model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, read, change, inputs
+        model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, backend, read, change, inputs
     )  # fmt: skip
     asked.check()
     if samples is not None and data is None:
@@ -113,6 +116,7 @@ class _Asked:
     plan_out: Path | None
     verify: bool
     merge: bool
+    backend: str
     read: scoring.Read | None
     change: Change
     inputs: Path | None
@@ -129,6 +133,9 @@ class _Asked:
             raise ShearError(f"--plan says already what goes: leave out {spelled}")
         if self.ratio is not None and not 0.0 < self.ratio < 1.0:
             raise PlanError(f"--ratio is a share of the parameters between 0 and 1, not {self.ratio:g}")
+        from shear_tools.api.pipeline import require_backend
+
+        require_backend(self.backend, self.merge)
         if self.out is None and not self.dry_run:
             raise SaveError("give -o OUT, the folder to write, or --dry-run")
         console.refuse_file(self.plan_out, ".json")
@@ -180,7 +187,7 @@ class _Asked:
                 result.model = loaded.model
                 pipeline.forget(program)  # so that the dense one's memory is free
         with step("shearing"):
-            small = pipeline.shear(loaded.model, plan, merge=self.merge)
+            small = pipeline.shear(loaded.model, plan, backend=self.backend, merge=self.merge)
         if self.verify:
             with step("verifying"):
                 result.verified = pipeline.verify(loaded.model, small, plan)
