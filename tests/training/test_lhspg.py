@@ -33,6 +33,24 @@ def test_zero_units_come_period_by_period_and_stay(targets: tuple[str, ...]) -> 
     assert counts == [min(40, 10 * max(0, (n + 1 - 2) // 3)) for n in range(34)]
 
 
+def test_a_group_whose_units_matter_least_loses_no_more_than_its_own_count() -> None:
+    """Units of earlier periods are taken from the room of their group: the second period goes to the other one."""
+    model = adapted()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers.0.mlp" in name and "base_layer" in name:
+                weight.mul_(1e-3)
+    optimizer = lhspg(model, {"ffn0": 12, "ffn1": 12}, Periods(warmup=0, count=2, steps=2), criteria={"magnitude": 1.0})
+    assert optimizer.units is not None
+    split = optimizer.units.groups[0].size
+    counts = []
+    for _ in range(4):
+        step(model, optimizer)
+        counts.append([int((optimizer.status[part] > 0).sum()) for part in (slice(0, split), slice(split, None))])
+    assert counts[0] == [12, 0]  # else the test shows nothing: all of the first period comes from one group
+    assert counts[-1] == [12, 12]
+
+
 def test_one_period_of_one_step_is_the_merged_model_without_the_units() -> None:
     model = adapted(init_lora_weights=False)
     dense = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]

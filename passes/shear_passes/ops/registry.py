@@ -251,6 +251,11 @@ def resize(*ops: Any) -> Callable[[R], R]:
     return register
 
 
+def resized_ops() -> tuple[Any, ...]:
+    """The operators whose shape constants are rewritten."""
+    return tuple(op for op, entry in _RULES.items() if entry.resize is not None)
+
+
 def entry_of(op: Any) -> Entry | None:
     """The table's row for ``op``; None when there is no rule."""
     return _RULES.get(op) or (_RULES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None)  # type: ignore[no-untyped-call]
