@@ -216,7 +216,7 @@ def test_an_allocation_that_is_not_there_is_refused() -> None:
 
 def test_the_cost_of_now_is_the_budget_s_total() -> None:
     plan = sir.plan(_program(), ratio=0.2)
-    assert plan.before == sir.pipeline.analyses(_program()).get(MeasureCosts()).now
+    assert plan.before == sir.analyses(_program()).get(MeasureCosts()).now
 
 
 def _convolutions(*channels: int, groups: int = 1) -> sir.Program:

@@ -308,4 +308,4 @@ def _plan(model: nn.Module, optimizer: LHSPG) -> sir.Plan:
     assert optimizer.units is not None
     found = groups_of(model)
     kept = {found.by_name[g.name]: k for g, k in optimizer.units.kept(optimizer.redundant).items()}
-    return build_plan(found, sir.pipeline.analyses(found.program).get(MeasureCosts()), kept)
+    return build_plan(found, sir.analyses(found.program).get(MeasureCosts()), kept)
