@@ -127,7 +127,7 @@ class AnalysisManager:
 
 
 @dataclass
-class Result:
+class PipelineResult:
     """What a pipeline ended with: the last program, every analysis result that holds for it, seconds by pass."""
 
     program: Program
@@ -149,7 +149,7 @@ class PassManager:
     def run(
         self, program: Program, weights: Mapping[str, Tensor] | None = None,
         given: Mapping[Analysis[Any], Any] | None = None,
-    ) -> Result:  # fmt: skip
+    ) -> PipelineResult:  # fmt: skip
         """Run all passes; ``weights`` (tensors by name) feed the criteria that score them.
 
         ``given``: results from elsewhere, such as ``{Data(): Calibration(model, batches)}``. The result holds the
@@ -165,7 +165,7 @@ class PassManager:
             stages.append((str(step), program))
             if self.observe is not None:
                 self.observe(step, program, manager)
-        return Result(program, manager, timings, stages)
+        return PipelineResult(program, manager, timings, stages)
 
     def _run(self, step: Pass, program: Program, manager: AnalysisManager) -> tuple[Program, AnalysisManager]:
         if isinstance(step, Analysis):

@@ -51,7 +51,7 @@ class Labels(Protocol):
         """Lines below the program; ``names`` has the printed name of each node."""
 
 
-class Sizes:
+class PlainLabels:
     """Labels that know nothing: every dim is its size."""
 
     def __init__(self, program: Program) -> None:
@@ -76,7 +76,7 @@ class Sizes:
 
 def plain(program: Program) -> str:
     """The program as text with plain sizes."""
-    return render(program, Sizes(program))
+    return render(program, PlainLabels(program))
 
 
 def render(program: Program, labels: Labels) -> str:

@@ -77,7 +77,7 @@ class Held:
     sizes: frozenset[int] | None = None
 
 
-class Source:
+class ModelSource:
     """The model that a program was traced from: whoever needs weights reads them here, while somebody wants it held.
 
     ``state``: what the model was like then, devices among it; a program is found again for a model in that state.
@@ -120,7 +120,7 @@ class Program:
     owner: str = "model"
     feed: Feed | None = field(default=None, repr=False)
     held: Mapping[str, Held] = field(default_factory=dict)
-    source: Source | None = field(default=None, repr=False)
+    source: ModelSource | None = field(default=None, repr=False)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:

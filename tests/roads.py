@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.numbers import Report, evaluation, masked, run, verify
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.plans import Plan
@@ -56,7 +56,9 @@ class Traced:
 
     def graph(self, plan: Plan) -> nn.Module:
         """The graph backend's result for inputs of the traced sizes, without tracing again."""
-        return graph_module(shear_program(self.groups, plan), shear_tensors(tensors_of(self.model), self.groups, plan))
+        return graph_module(
+            shear_program(self.groups, plan), shear_tensors(named_tensors(self.model), self.groups, plan)
+        )
 
     def report(self, small: nn.Module, plan: Plan) -> Report:
         """``small`` against the masked original, on the traced input alone."""

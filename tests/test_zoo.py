@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.export import output_tensors
 from shear_ir.frontend.inputs import example_inputs
 from tests.traces import _structure
 from tests.zoo import FAMILIES
@@ -19,7 +19,7 @@ def test_a_model_of_the_zoo_runs_and_has_no_zero(name: str) -> None:
     assert [n for n, t in FAMILIES[name]().state_dict().items() if n in saved and not torch.equal(t, saved[n])] == []
     inputs = example_inputs(model)
     with torch.no_grad():
-        (logits,) = tensors_of(model(**inputs))
+        (logits,) = output_tensors(model(**inputs))
     assert logits.isfinite().all()
     assert logits.std() > 0.1
     assert sum(p.numel() for p in model.parameters()) < 70_000

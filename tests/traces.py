@@ -17,7 +17,7 @@ from shear_backends.store import readback
 from shear_backends.verify import masked_blocks
 from shear_ir.frontend import export
 from shear_ir.frontend.feeds import inputs_of, kept
-from shear_ir.frontend.state import State
+from shear_ir.frontend.state import ModelState
 from shear_ir.program import Program
 from shear_tools.api import pipeline
 
@@ -66,7 +66,7 @@ def _structure(model: nn.Module) -> Hashable:
     """All that a graph depends on: what a trace is kept for, which tensors are one, and which are trained."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
-    state = State.of(model)
+    state = ModelState.of(model)
     return (
         repr((state.tensors, state.modules, state.config)),
         tuple((first.setdefault(id(t), n), t.requires_grad) for n, t in tensors),

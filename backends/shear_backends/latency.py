@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class LatencyTrial:
     """A plan and what it brought: seconds of all feeds, dense and sheared, at a ``share`` of the parameters."""
 
     plan: Plan
@@ -60,7 +60,7 @@ def seconds(models: Sequence[nn.Module], feeds: Sequence[Inputs], clock: Clock |
 def by_latency(
     ratio: float, planned: Callable[[float], Plan], sheared: Callable[[Plan], nn.Module], model: nn.Module,
     feeds: Sequence[Inputs], clock: Clock | None = None,
-) -> Measured:  # fmt: skip
+) -> LatencyTrial:  # fmt: skip
     """The plan that saves the share of the latency nearest to ``ratio``, by bisection over the share of parameters.
 
     ``planned``: the plan for a share of the parameters; ``sheared``: the model it leaves. Raises ``PlanError`` when no
@@ -69,13 +69,13 @@ def by_latency(
     if not 0.0 < ratio < 1.0:
         raise PlanError(f"ratio is a share of the latency between 0 and 1, not {ratio}")
     low, high, share = 0.0, 1.0, ratio
-    found: list[Measured] = []
+    found: list[LatencyTrial] = []
     limit: PlanError | None = None
     for _ in range(TRIALS):
         try:
             plan = planned(share)
             dense, small = seconds([model, sheared(plan)], feeds, clock)
-            found.append(Measured(plan, share, dense, small))
+            found.append(LatencyTrial(plan, share, dense, small))
             enough = found[-1].gone >= ratio
         except OutOfReach as failure:
             limit, enough = failure, True
@@ -94,7 +94,9 @@ def by_latency(
     return best
 
 
-def as_options(measured: Measured, ratio: float, feeds: Sequence[Inputs], from_data: bool, model: nn.Module) -> Plan:
+def as_options(
+    measured: LatencyTrial, ratio: float, feeds: Sequence[Inputs], from_data: bool, model: nn.Module
+) -> Plan:
     """The plan, which says what was asked for and what was measured where."""
     shapes = [list(next(iter(tensors_in(feed).values())).shape) for feed in feeds]
     told: dict[str, Any] = {

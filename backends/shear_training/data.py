@@ -15,7 +15,7 @@ from shear_training.rows import BATCH, Marked, Rows, converse, pack, padding, st
 
 __all__ = ["DataConfig", "Rows", "Source", "SourceConfig", "StageConfig", "held_out", "load_data", "prepare"]
 
-Progress = Callable[[str, int, int], None]
+SourceProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 
@@ -29,7 +29,7 @@ class Source:
 
 
 def prepare(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: SourceProgress | None = None
 ) -> dict[str, Source]:
     """The rows of every source, in the order of the file; the same every time.
 
@@ -51,7 +51,7 @@ def prepare(
 
 
 def held_out(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: SourceProgress | None = None
 ) -> dict[str, Rows]:
     """The validation rows of every source alone, as ``prepare`` makes them."""
     made = {}
@@ -117,6 +117,6 @@ class _Reader:
         return stacked(marked, length, padding(self.tokenizer))
 
 
-def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+def _tell(progress: SourceProgress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, done, total)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shear_ir.errors import LoadError
 from shear_ir.reading import Unreadable, first_error, require_sound, text_in
 
-FORMATS = {
+TEXT_FORMATS = {
     ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv",
 }  # fmt: skip
 """File extension to the builder of ``datasets`` that reads it."""
@@ -20,10 +20,10 @@ FORMATS = {
 _LARGEST = 2**18
 """Bytes and entries of a YAML file, which people write, at most."""
 
-Kind = Literal["text", "instruction", "chat"]
+SourceKind = Literal["text", "instruction", "chat"]
 # Files are named by it.
 Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", max_length=60)]
-Files = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+FileNames = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 _Count = Annotated[int, Field(ge=1, le=2**31)]
 
 
@@ -40,7 +40,7 @@ class SourceConfig(_Strict):
     ``rows``: at most so many rows to train on.
     """
 
-    path: Annotated[str, Field(min_length=1)] | Files | None = None
+    path: Annotated[str, Field(min_length=1)] | FileNames | None = None
     hub: str | None = None
     config: str | None = None
     split: str = "train"
@@ -49,7 +49,7 @@ class SourceConfig(_Strict):
     input: str | None = None
     response: str | None = None
     messages: str | None = None
-    validation: Annotated[str, Field(min_length=1)] | Files | None = None
+    validation: Annotated[str, Field(min_length=1)] | FileNames | None = None
     validation_rows: _Count | None = None
     rows: _Count | None = None
 
@@ -68,7 +68,7 @@ class SourceConfig(_Strict):
         return self
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> SourceKind:
         """What a document is."""
         if self.messages is not None:
             return "chat"
@@ -122,10 +122,10 @@ def load_data(path: str | Path, *, whole: bool = False) -> DataConfig:
     place and the reason.
     """
     file = Path(path).expanduser()
-    if file.suffix.lower() in FORMATS:
+    if file.suffix.lower() in TEXT_FORMATS:
         return _single(file, whole)
     if file.suffix.lower() not in (".yaml", ".yml"):
-        known = ", ".join([".yaml", *FORMATS])
+        known = ", ".join([".yaml", *TEXT_FORMATS])
         raise LoadError(f"{path} cannot be used as data: its name ends in none of {known}")
     read = yaml_in(file, "the data file")
     if not isinstance(read, dict):

@@ -13,7 +13,7 @@ import numpy as np
 from shear_ir.errors import LoadError
 from shear_ir.frontend.files import HUB_ID
 from shear_ir.reading import Unreadable, json_in, json_of, reasons, require_regular
-from shear_training.data_config import FORMATS, DataConfig, SourceConfig
+from shear_training.data_config import TEXT_FORMATS, DataConfig, SourceConfig
 
 _PEEK, _LINE = 2**12, 2**26
 """Bytes of a file of rows that are looked at to see how it begins, and that a row has at most."""
@@ -64,10 +64,10 @@ def read_validation(name: str, source: SourceConfig, config: DataConfig) -> Iter
 def _from_files(name: str, patterns: str | list[str], folder: Path) -> Any:
     files = [file for pattern in ([patterns] if isinstance(patterns, str) else patterns)
              for file in _matches(name, pattern, folder)]  # fmt: skip
-    kinds = {FORMATS.get(file.suffix.lower(), "") for file in files}
+    kinds = {TEXT_FORMATS.get(file.suffix.lower(), "") for file in files}
     if "" in kinds:
-        odd = next(file for file in files if file.suffix.lower() not in FORMATS)
-        raise LoadError(f"source {name}: {odd} has none of the extensions {', '.join(FORMATS)}")
+        odd = next(file for file in files if file.suffix.lower() not in TEXT_FORMATS)
+        raise LoadError(f"source {name}: {odd} has none of the extensions {', '.join(TEXT_FORMATS)}")
     if len(kinds) > 1:
         raise LoadError(f"source {name}: files of one source have one format, not {' and '.join(sorted(kinds))}")
     if not any(file.stat().st_size for file in files):

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from shear_ir.errors import PlanError
-from shear_training.data import Progress, Source
+from shear_training.data import Source, SourceProgress
 from shear_training.rows import IGNORED, Rows
 
 _PROBED = 8
@@ -119,7 +119,7 @@ def evaluate_sources(
     *,
     batch: int = 8,
     bf16: bool = False,
-    progress: Progress | None = None,
+    progress: SourceProgress | None = None,
     state: PartialState | None = None,
 ) -> dict[str, Loss]:
     """The loss of ``model`` on the validation rows of each source; the options are those of ``evaluate``."""
@@ -173,5 +173,5 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _named(progress: Progress, what: str) -> Callable[[int, int], None]:
+def _named(progress: SourceProgress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)

@@ -14,7 +14,7 @@ from shear_ir.errors import LoadError
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """One measure of one task, such as ``acc``; ``stderr``: its standard error, None where there is none."""
 
     task: str
@@ -32,7 +32,7 @@ def require_harness() -> None:
 def run_tasks(
     model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, batch: int = 8, limit: int | None = None,
     manager: Any = None,
-) -> list[Score]:  # fmt: skip
+) -> list[TaskScore]:  # fmt: skip
     """Every measure of ``tasks``, names or globs of the harness, on ``model``, where it is.
 
     ``limit``: examples per task, all when None. ``manager``: its ``TaskManager``, one that knows the built-in tasks
@@ -69,7 +69,7 @@ def _matches(manager: Any, task: str) -> list[str]:
     return names
 
 
-def _scores(task: str, results: dict[str, Any]) -> list[Score]:
+def _scores(task: str, results: dict[str, Any]) -> list[TaskScore]:
     """The harness names a measure ``acc,none`` and its error ``acc_stderr,none``."""
     made = []
     for key, value in results.items():
@@ -77,5 +77,5 @@ def _scores(task: str, results: dict[str, Any]) -> list[Score]:
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = results.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else key
-            made.append(Score(task, name, float(value), float(error) if isinstance(error, int | float) else None))
+            made.append(TaskScore(task, name, float(value), float(error) if isinstance(error, int | float) else None))
     return made

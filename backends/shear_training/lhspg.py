@@ -15,7 +15,7 @@ from shear_ir.plans import Plan
 from shear_passes.analysis.find_groups import Groups
 from shear_training.saliency import DEFAULT_WEIGHTS, Measured, check_weights, saliency
 from shear_training.schedule import Periods
-from shear_training.units import Place, Units, along, require_no_dropout
+from shear_training.units import Units, UnitSlice, norms_along, require_no_dropout
 
 
 class LHSPG(torch.optim.Optimizer):
@@ -178,9 +178,9 @@ class LHSPG(torch.optim.Optimizer):
             if len(at.current):
                 base = at.place.tensor.index_select(at.place.dim, at.current).float()
                 delta = at.place.delta(at.current)
-                squares.index_add_(0, at.unit, along(base * base, at.place.dim).to(units.device))
+                squares.index_add_(0, at.unit, norms_along(base * base, at.place.dim).to(units.device))
                 if delta is not None:
-                    folded.index_add_(0, at.unit, along(base * delta, at.place.dim).to(units.device))
+                    folded.index_add_(0, at.unit, norms_along(base * delta, at.place.dim).to(units.device))
         stays = 1.0 - 1.0 / left
         # u = x + D and lam = |x| / left, so <u - lam x/|x|, x> = stays |x|^2 + <D, x>.
         inner = stays * squares + folded
@@ -281,14 +281,14 @@ class _Index:
     over units are, for a model may lie on several devices.
     """
 
-    place: Place
+    place: UnitSlice
     current: Tensor
     unit: Tensor
     gone: Tensor
     zero: Tensor
 
     @classmethod
-    def of(cls, place: Place, current: Tensor, gone: Tensor, sums: torch.device) -> _Index:
+    def of(cls, place: UnitSlice, current: Tensor, gone: Tensor, sums: torch.device) -> _Index:
         owner, device = place.owner.cpu(), place.tensor.device
         found = [mask[owner].nonzero().flatten() for mask in (current, gone, gone & ~current)]
         return cls(place, found[0].to(device), owner[found[0]].to(sums), found[1].to(device), found[2].to(device))

@@ -27,7 +27,7 @@ from shear_training.lora import adapter_tensors, as_it_was, attach, detach
 from shear_training.mixture import Sampler, counts, shuffled
 from shear_training.rounds import Diverged, train
 from shear_training.rows import Rows
-from shear_training.saliency import CRITERIA, DEFAULT_WEIGHTS, Measured, check_weights, measured_names
+from shear_training.saliency import DEFAULT_WEIGHTS, SALIENCIES, Measured, check_weights, measured_names
 from shear_training.schedule import Periods
 from shear_training.settings import Recovery
 
@@ -86,8 +86,8 @@ class Pruning:
             criterion(name)
         except PlanError as failure:
             raise PlanError(
-                f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}, and those of --importance, "
-                f"of which {failure}"
+                f"there is no saliency criterion '{name}'; there are {', '.join(SALIENCIES)}, and those of "
+                f"--importance, of which {failure}"
             ) from failure
 
     def course(self) -> Periods:

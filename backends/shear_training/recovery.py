@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from shear_ir.errors import PlanError, SaveError
-from shear_training.data import Progress, Source
+from shear_training.data import Source, SourceProgress
 from shear_training.evaluate import evaluate_sources
 from shear_training.journal import Journal, Round, mean, weights_digest
 from shear_training.lora import as_it_was, attach, detach, finite, load_adapter, save_adapter
@@ -59,7 +59,7 @@ class Recovered:
 
 def recover(
     model: nn.Module, sources: Mapping[str, Source], dense: Mapping[str, float], settings: Recovery, folder: str | Path,
-    *, stage: str = "recovery", progress: Progress | None = None,
+    *, stage: str = "recovery", progress: SourceProgress | None = None,
 ) -> Recovered:  # fmt: skip
     """Recover ``model`` in place, for one stage; callers run the stages one after the other.
 
@@ -93,7 +93,7 @@ class _Stage:
 
     def __init__(
         self, model: PeftModel, sources: Mapping[str, Source], dense: Mapping[str, float], settings: Recovery,
-        folder: Path, name: str, journal: Journal, progress: Progress | None,
+        folder: Path, name: str, journal: Journal, progress: SourceProgress | None,
     ) -> None:  # fmt: skip
         self.model, self.sources, self.dense, self.settings = model, sources, dense, settings
         self.folder, self.name, self.journal, self.progress = folder, name, journal, progress

@@ -31,7 +31,7 @@ PATIENCE = timedelta(days=7)
 cut, checked and repaired a large model; a process that has died is the launcher's to notice, and it does at once."""
 
 
-class Order(Dataset[tuple[Rows, int]]):
+class RowOrder(Dataset[tuple[Rows, int]]):
     """The rows of a round in the order in which they are trained on."""
 
     def __init__(self, sources: Mapping[str, Rows], drawn: Sequence[Draw]) -> None:
@@ -141,7 +141,7 @@ def train(
     made = arguments(settings, folder, len(drawn))
     watch = _Watch(progress)
     trainer = Trainer(
-        model, made, data_collator=collate, train_dataset=Order(sources, drawn), callbacks=[*callbacks, watch],
+        model, made, data_collator=collate, train_dataset=RowOrder(sources, drawn), callbacks=[*callbacks, watch],
         optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

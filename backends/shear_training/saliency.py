@@ -11,7 +11,7 @@ from torch import Tensor
 from shear_ir.errors import PlanError
 from shear_passes.analysis.find_groups import Group
 from shear_passes.importance.base import Scores
-from shear_training.units import Units, along
+from shear_training.units import Units, norms_along
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ def sums(units: Units) -> Sums:
     for place in units.places:
         owner = place.owner.to(units.device) % (units.count + 1)
         base = place.tensor.detach().float()
-        weight.index_add_(0, owner, along(base.square(), place.dim).to(units.device))
+        weight.index_add_(0, owner, norms_along(base.square(), place.dim).to(units.device))
         if place.adapters:
             change = sum(adapter.delta() for adapter in place.adapters)
             assert isinstance(change, Tensor)
-            delta.index_add_(0, owner, along(change.square(), place.dim).to(units.device))
-            inner.index_add_(0, owner, along(base * change, place.dim).to(units.device))
+            delta.index_add_(0, owner, norms_along(change.square(), place.dim).to(units.device))
+            inner.index_add_(0, owner, norms_along(base * change, place.dim).to(units.device))
     return Sums(weight[:-1], delta[:-1], inner[:-1], units.sizes())
 
 
@@ -44,7 +44,7 @@ def _cosine(s: Sums) -> Tensor:
     return torch.where(norms > 0, s.inner / norms.clamp_min(torch.finfo(torch.float32).tiny), 0.0) + 1.0
 
 
-CRITERIA: Mapping[str, Callable[[Sums], Tensor]] = {
+SALIENCIES: Mapping[str, Callable[[Sums], Tensor]] = {
     "magnitude": lambda s: s.weight.sqrt(),
     "average_magnitude": lambda s: s.weight.sqrt() / s.sizes,
     "cosine": _cosine,
@@ -54,7 +54,7 @@ CRITERIA: Mapping[str, Callable[[Sums], Tensor]] = {
 """With W a unit's base slices and D what its adapters learned since the period began: ``|W|``; ``|W| / numel``;
 ``<W,D> / (|W| |D|) + 1``; ``|<W,D>|``; ``<W,D>^2 / 2``."""
 
-DEFAULT_WEIGHTS: Mapping[str, float] = dict.fromkeys(CRITERIA, 1.0)
+DEFAULT_WEIGHTS: Mapping[str, float] = dict.fromkeys(SALIENCIES, 1.0)
 
 Measured = Mapping[str, Scores]
 """Criterion to the scores of every group: what ``shear_ir.scores`` measured before the training."""
@@ -62,14 +62,14 @@ Measured = Mapping[str, Scores]
 
 def measured_names(weights: Mapping[str, float]) -> list[str]:
     """The criteria among those weighed that are measured before the training, on data."""
-    return [name for name in weights if name not in CRITERIA]
+    return [name for name in weights if name not in SALIENCIES]
 
 
 def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measured: Measured | None = None) -> Tensor:
     """The weighted sum of the criteria, each over its L2 norm among all units of a kind; shape ``(units,)``, fp32.
 
-    ``measured``: scores of the criteria that are none of ``CRITERIA``. Where no adapter has learned anything yet, these
-    alone, or without any the magnitude. Raises ``PlanError`` for an unknown criterion.
+    ``measured``: scores of the criteria that are none of ``SALIENCIES``. Where no adapter has learned anything yet,
+    these alone, or without any the magnitude. Raises ``PlanError`` for an unknown criterion.
     """
     measured = measured or {}
     check_weights(weights, measured)
@@ -82,7 +82,7 @@ def saliency(units: Units, weights: Mapping[str, float] = DEFAULT_WEIGHTS, measu
     for kind in units.kinds().values():
         kind = kind.to(units.device)
         for name, weight in used.items():
-            values = (known[name] if name in known else CRITERIA[name](found))[kind]
+            values = (known[name] if name in known else SALIENCIES[name](found))[kind]
             score[kind] += weight * _unit(values).to(score)
     return score
 
@@ -111,9 +111,9 @@ def _numbered(units: Units, scores: Scores) -> Tensor:
 def check_weights(weights: Mapping[str, float], measured: Iterable[str] = ()) -> None:
     """Raise ``PlanError`` for a criterion that neither exists nor was ``measured``, or weights that say nothing."""
     for name, weight in weights.items():
-        if name not in CRITERIA and name not in measured:
-            raise PlanError(f"there is no saliency criterion '{name}'; there are {', '.join(CRITERIA)}")
+        if name not in SALIENCIES and name not in measured:
+            raise PlanError(f"there is no saliency criterion '{name}'; there are {', '.join(SALIENCIES)}")
         if not 0.0 <= weight < float("inf"):
             raise PlanError(f"the weight of the criterion '{name}' is a number from 0 up, not {weight}")
     if not any(weights.values()):
-        raise PlanError(f"no saliency criterion has a weight; there are {', '.join(CRITERIA)}")
+        raise PlanError(f"no saliency criterion has a weight; there are {', '.join(SALIENCIES)}")

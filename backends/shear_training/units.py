@@ -17,7 +17,7 @@ from shear_passes.analysis.find_groups import Group
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class UnitSlice:
     """A dim of one tensor in which units own indices.
 
     ``owner``: the unit that owns each index of the dim, -1 for none, shape ``(size of the dim,)``. ``adapters``: those
@@ -99,7 +99,7 @@ class Units:
         """Number of base elements of each unit, shape ``(count,)``, fp32."""
         return self.total(lambda place: torch.full_like(place.owner, _others(place), dtype=torch.float32))
 
-    def total(self, of_place: Callable[[Place], Tensor]) -> Tensor:
+    def total(self, of_place: Callable[[UnitSlice], Tensor]) -> Tensor:
         """Sum over each unit's places of ``of_place(place)``, which gives a number per index; shape ``(count,)``."""
         total = torch.zeros(self.count + 1, device=self.device)
         for place in self.places:
@@ -109,16 +109,16 @@ class Units:
 
     def squares(self) -> Tensor:
         """Sum of squares of each unit's base slices, shape ``(count,)``, fp32."""
-        return self.total(lambda place: along(place.tensor.detach().float().square(), place.dim))
+        return self.total(lambda place: norms_along(place.tensor.detach().float().square(), place.dim))
 
     def nonzero(self) -> Tensor:
         """Whether any base element or adapter factor of the unit is not exactly zero, shape ``(count,)``."""
 
-        def entries(place: Place) -> Tensor:
-            found = along((place.tensor.detach() != 0).float(), place.dim)
+        def entries(place: UnitSlice) -> Tensor:
+            found = norms_along((place.tensor.detach() != 0).float(), place.dim)
             for adapter in place.adapters:
                 factor, dim = place.factor_dim(adapter)
-                found = found + along((factor.detach() != 0).float(), dim)
+                found = found + norms_along((factor.detach() != 0).float(), dim)
             return found
 
         return self.total(entries) > 0
@@ -145,7 +145,7 @@ class Units:
             for tensor, dim, index, values in reversed(saved):
                 tensor.index_copy_(dim, index, values)
 
-    def _places(self) -> Iterator[Place]:
+    def _places(self) -> Iterator[UnitSlice]:
         named = {base_name(name): (name, tensor) for name, tensor in self.model.named_parameters()}
         others = {base_name(name) for name, _ in self.model.named_buffers()}
         made_by_adapters = {name for a in find_adapters(self.model) for name in (a.a, a.b, a.b_bias, a.magnitude)}
@@ -168,12 +168,12 @@ class Units:
                 owner = torch.from_numpy(np.where(local >= 0, local + self.starts[group], -1))
                 adapters = tuple(self._by_base.get(name, ()))
                 rows = any(a.row_dim == piece.dim for a in adapters)
-                yield Place(name, tensor, piece.dim, owner.to(tensor.device), adapters, rows)
+                yield UnitSlice(name, tensor, piece.dim, owner.to(tensor.device), adapters, rows)
 
     def _check(self) -> None:
         if not self.places:
             raise PlanError("none of the groups has a parameter in this model")
-        seen: dict[str, list[Place]] = {}
+        seen: dict[str, list[UnitSlice]] = {}
         for place in self.places:
             if not place.tensor.is_floating_point() or place.tensor.element_size() < 2:
                 raise PlanError(f"{place.name} is quantised ({place.tensor.dtype}): load the model in bf16 or fp32")
@@ -193,7 +193,7 @@ def base_name(name: str) -> str:
     return ".".join(part for part in parts if part != "base_layer")
 
 
-def along(values: Tensor, dim: int) -> Tensor:
+def norms_along(values: Tensor, dim: int) -> Tensor:
     """The sum over all dims but one."""
     others = [d for d in range(values.dim()) if d != dim]
     return values.sum(dim=others) if others else values
@@ -211,7 +211,7 @@ def require_no_dropout(units: Units) -> None:
             )
 
 
-def _others(place: Place) -> float:
+def _others(place: UnitSlice) -> float:
     return place.tensor.numel() / place.tensor.shape[place.dim]
 
 

@@ -72,10 +72,10 @@ class _Logits(nn.Module):
     def forward(self, *args: Tensor) -> Any:
         given = iter(args)
         leaves = [next(given) if other is None else other[0] for other in self.others]
-        return tensors_of(call(self.root, pytree.tree_unflatten(leaves, self.structure), **self.fixed))
+        return output_tensors(call(self.root, pytree.tree_unflatten(leaves, self.structure), **self.fixed))
 
 
-def tensors_of(output: Any) -> tuple[Tensor, ...]:
+def output_tensors(output: Any) -> tuple[Tensor, ...]:
     """The tensors of a model's output that count: all, but for caches and states and attentions that are listed.
 
     Beside logits, no state of an encoder either.
@@ -94,7 +94,7 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def _tensors(values: Sequence[Any]) -> tuple[Tensor, ...]:
-    return tuple(t for value in values for t in tensors_of(value))
+    return tuple(t for value in values for t in output_tensors(value))
 
 
 def _is_beside(name: str) -> bool:

@@ -35,7 +35,7 @@ _OTHER_WEIGHTS = ("*model*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack",
 
 
 @dataclass(frozen=True)
-class Files:
+class ModelFiles:
     """What a checked folder holds: its JSON documents, and tensor names by shard (empty: a config alone)."""
 
     folder: Path
@@ -48,7 +48,7 @@ class Files:
         return frozenset().union(*self.shards.values())
 
 
-def read_files(folder: Path) -> Files:
+def read_files(folder: Path) -> ModelFiles:
     """The checked files of a model folder; raises ``LoadError`` naming the first file that cannot be used."""
     config = read_json(folder / CONFIG)
     if os.path.lexists(folder / GENERATION):
@@ -57,11 +57,11 @@ def read_files(folder: Path) -> Files:
     if named not in (None, WEIGHTS, INDEX):
         raise LoadError(f"{folder / CONFIG} names the weights {named!r}: only {WEIGHTS} and {INDEX} are read")
     if (folder / WEIGHTS).exists():
-        return Files(folder, config, {folder / WEIGHTS: read_header(folder / WEIGHTS)})
+        return ModelFiles(folder, config, {folder / WEIGHTS: read_header(folder / WEIGHTS)})
     if (folder / INDEX).exists():
-        return Files(folder, config, _sharded(folder))
+        return ModelFiles(folder, config, _sharded(folder))
     refuse_other_weights(folder, WEIGHTS)
-    return Files(folder, config, {})
+    return ModelFiles(folder, config, {})
 
 
 def require_documents(folder: Path) -> None:

@@ -24,7 +24,7 @@ from shear_ir.frontend.files import (
     HUB_ID,
     INDEX,
     WEIGHTS,
-    Files,
+    ModelFiles,
     is_sheared,
     read_files,
     refuse_kernels,
@@ -108,7 +108,7 @@ def _from_folder(spec: str, folder: Path, trust: bool, dtype: torch.dtype | None
     return LoadedModel(model, spec, folder, unused=unused)
 
 
-def _config(files: Files, trust: bool) -> Any:
+def _config(files: ModelFiles, trust: bool) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if files.config.get("auto_map") and files.config.get("model_type") not in CONFIG_MAPPING and not trust:
@@ -117,7 +117,7 @@ def _config(files: Files, trust: bool) -> Any:
         return AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
 
 
-def _require_layers(files: Files, config: Any) -> None:
+def _require_layers(files: ModelFiles, config: Any) -> None:
     """Raise ``LoadError`` for a config of more layers than the weights can hold, before any of them is built."""
     most = len(files.tensors) if files.shards else _MOST_LAYERS
     left = [config]
@@ -145,7 +145,7 @@ def require_finite(model: nn.Module, where: str) -> None:
                 raise LoadError(f"{where}: {bad:,} of the {parameter.numel():,} numbers of {name} are not finite")
 
 
-def _model_class(files: Files, config: Any, trust: bool) -> Any:
+def _model_class(files: ModelFiles, config: Any, trust: bool) -> Any:
     """The class the config names; without a name, the first class for its type whose head the checkpoint has."""
     import transformers
 
@@ -171,7 +171,7 @@ def _model_class(files: Files, config: Any, trust: bool) -> Any:
     return found
 
 
-def _has_head(files: Files, cls: Any, config: Any) -> bool:
+def _has_head(files: ModelFiles, cls: Any, config: Any) -> bool:
     """Whether the checkpoint holds every tensor that ``cls`` has outside of its base model."""
     if not files.shards:
         return True

@@ -14,7 +14,7 @@ _MACHINERY = {*vars(nn.Module()), "training"}  # what every module has; modes ar
 
 
 @dataclass(frozen=True, eq=False)
-class State:
+class ModelState:
     """Shapes, types and devices of all tensors; classes and plain attributes of all modules; numbers of the config."""
 
     tensors: Mapping[str, Any]
@@ -22,7 +22,7 @@ class State:
     config: Any
 
     @classmethod
-    def of(cls, model: nn.Module) -> State:
+    def of(cls, model: nn.Module) -> ModelState:
         """The state that ``model`` is in; linear in the number of its modules."""
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         return cls(
@@ -33,7 +33,7 @@ class State:
 
     def __eq__(self, other: object) -> bool:
         mine = (self.tensors, self.modules, self.config)
-        return isinstance(other, State) and mine == (other.tensors, other.modules, other.config)
+        return isinstance(other, ModelState) and mine == (other.tensors, other.modules, other.config)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

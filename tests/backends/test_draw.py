@@ -347,7 +347,7 @@ def test_blocks_that_lose_different_numbers_do_not_fold(deep: Analysed) -> None:
 
 
 def test_a_crowd_of_unequal_blocks_folds_with_ranges(deep: Analysed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "CROWD", 10)
+    monkeypatch.setattr(picture, "CROWD_OF_GROUPS", 10)
     program, groups, plan = deep
     text = source(program, groups, plan=plan(ffn0=[1], ffn1=[2, 3], ffn2=[4, 5, 6], ffn3=[0], ffn4=[7], ffn5=[1]))
     assert "<B>blocks 0–5</B>" in text

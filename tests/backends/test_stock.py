@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_backends.module.config_inference import Inference, infer_config
+from shear_backends.module.config_inference import ConfigInference, infer_config
 from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
@@ -43,7 +43,7 @@ def _asked(model: nn.Module, *kinds: str, ratio: float = 0.2, **how: Any) -> Pla
     return sir.plan(_program(model), ratio=ratio, kinds=kinds, importance="magnitude", **how)
 
 
-def _inferred(model: nn.Module, plan: Plan) -> Inference:
+def _inferred(model: nn.Module, plan: Plan) -> ConfigInference:
     groups = sir.groups(_program(model))
     masks = masks_of(groups, plan.cuts)
     return infer_config(model, groups, masks, plan.kept, tuple(norm_fixes(groups, masks)))

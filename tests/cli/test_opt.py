@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import shear_ir as sir
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_ir.manager import PassManager
 from shear_passes.analysis.dump import Dump
 from shear_passes.rewrite import DeadCode, Shear
@@ -23,7 +23,7 @@ PASSES = "select-uniform{ratio=0.25},shear,dead-code"
 def test_opt_ends_with_the_program_that_python_makes(shear: Command) -> None:
     model = factories.mlp()
     passes = [SelectUniform(ratio=0.25), Shear(), DeadCode()]
-    result = PassManager(passes).run(sir.trace(model), tensors_of(model))
+    result = PassManager(passes).run(sir.trace(model), named_tensors(model))
     assert shear("opt", MLP, "-p", PASSES).out == result.analyses.get(Dump()) + "\n"
 
 

@@ -214,9 +214,9 @@ def scripted(monkeypatch: Any, answer: Callable[..., Any]) -> None:
 def test_tasks_are_told_beside_losses(shear: Shear, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def answer(model: Any, made: Any, tasks: Any, **options: Any) -> list[harness.Score]:
+    def answer(model: Any, made: Any, tasks: Any, **options: Any) -> list[harness.TaskScore]:
         asked.update(tasks=tasks, **options, words=len(made) == len(tokenizer()))
-        return [harness.Score("arc_easy", "acc", 0.5, 0.01), harness.Score("piqa", "acc_norm", 0.25, None)]
+        return [harness.TaskScore("arc_easy", "acc", 0.5, 0.01), harness.TaskScore("piqa", "acc_norm", 0.25, None)]
 
     scripted(monkeypatch, answer)
     ran = shear("eval", place / "dense", "--tasks", "arc_*,piqa", "--tasks", "boolq", "--limit", "7", "--batch", "3")
@@ -229,8 +229,8 @@ def test_tasks_are_told_beside_losses(shear: Shear, place: Path, monkeypatch: py
 def test_measures_are_read_off_the_harness_names() -> None:
     results = {"alias": "a", "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,strict": 0.25, "f1_stderr,strict": "N/A"}
     assert harness._scores("t", results) == [
-        harness.Score("t", "acc", 0.5, 0.1),
-        harness.Score("t", "f1,strict", 0.25, None),
+        harness.TaskScore("t", "acc", 0.5, 0.1),
+        harness.TaskScore("t", "f1,strict", 0.25, None),
     ]
 
 

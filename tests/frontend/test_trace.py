@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import shear_ir as sir
-from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.export import output_tensors
 
 
 class Mismatched(nn.Module):
@@ -126,7 +126,7 @@ class Penalised(Chain):
 
 def test_outputs_beside_logits_count_but_for_caches_and_listed_states() -> None:
     model, x = Penalised().eval(), torch.randn(2, 5)
-    found = tensors_of(model(x))
+    found = output_tensors(model(x))
     assert [tuple(t.shape) for t in found] == [(2, 3), (), (2,)]
     assert torch.equal(found[1], model(x)["penalty"])
     assert torch.equal(found[2], model(x)["choice"])
@@ -150,7 +150,7 @@ def test_channels_that_an_output_beside_logits_numbers_stay() -> None:
 
 
 def test_states_of_an_encoder_are_no_output() -> None:
-    (logits,) = tensors_of({"logits": torch.randn(2, 3), "encoder_last_hidden_state": torch.randn(2, 5)})
+    (logits,) = output_tensors({"logits": torch.randn(2, 3), "encoder_last_hidden_state": torch.randn(2, 5)})
     assert logits.shape == (2, 3)
 
 

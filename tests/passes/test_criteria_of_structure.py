@@ -15,7 +15,7 @@ import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_passes.analysis.find_groups import BlockGroup, Group
 from shear_passes.importance import CRITERIA, BlockInfluence, Custom, Evidence, LoraGuided, Reap, criterion
-from shear_passes.importance.block_influence import Ends, Turn, Watch
+from shear_passes.importance.block_influence import Ends, StreamTurn, StreamWatch
 from shear_passes.importance.calibration import Calibration, Data
 from shear_passes.importance.custom import as_criterion
 from shear_passes.importance.magnitude import Magnitude
@@ -198,8 +198,8 @@ def test_every_block_that_can_go_has_an_influence(family: str) -> None:
 
 def test_a_module_that_several_blocks_run_through_shows_none_of_them() -> None:
     calibration = Calibration(nn.Identity(), [])
-    turn, x = Turn(), torch.randn(2, 5, 4)
-    watch = Watch(calibration, turn, Ends("norm", ("branch",)))
+    turn, x = StreamTurn(), torch.randn(2, 5, 4)
+    watch = StreamWatch(calibration, turn, Ends("norm", ("branch",)))
     for _ in range(2):
         watch.before(nn.Identity(), (x,), {})
     assert turn.broken

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.inputs import Inputs, example_inputs
 from shear_ir.manager import AnalysisManager, PassManager
@@ -75,7 +75,7 @@ def composed(program: Program) -> list[fx.Node]:
 
 
 def values_and_gradients(program: Program, model: nn.Module, feed: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-    module = graph_module(program, tensors_of(model))
+    module = graph_module(program, named_tensors(model))
     with torch.enable_grad():
         (out,) = module(**feed)
         out.square().mean().backward()
@@ -132,7 +132,7 @@ def test_a_magnitude_over_what_another_adapter_added_stays_as_it_is() -> None:
     single = raised(trace(model, feed))
     (call,) = composed(single)
     assert len(call.kwargs["A"]) == 1  # type: ignore[arg-type]
-    (found,) = graph_module(single, tensors_of(model))(**feed)
+    (found,) = graph_module(single, named_tensors(model))(**feed)
     torch.testing.assert_close(found, model(**feed), atol=1e-5, rtol=1e-5)
 
 
@@ -213,7 +213,7 @@ def test_raising_costs_nothing() -> None:
 def test_a_raised_graph_exports_and_decomposes_into_aten() -> None:
     model = adapted("mlp", ["gate"], lora_dropout=0.1)
     feed = inputs_of(model)
-    module = graph_module(raised(trace(model, feed)), tensors_of(model))
+    module = graph_module(raised(trace(model, feed)), named_tensors(model))
     exported = torch.export.export(module, (feed["x"],)).run_decompositions()
     names = {str(n.target) for n in exported.graph.nodes if n.op == "call_function"}
     assert names
@@ -225,7 +225,7 @@ def test_the_pipeline_spells_it() -> None:
     model = adapted("llama_gqa", ["q_proj", "down_proj"])
     steps = parse_pipeline("raise-lora,select-uniform{ratio=0.2 importance=random},shear,dead-code")
     program = trace(model)
-    result = PassManager(steps).run(program, tensors_of(model))
+    result = PassManager(steps).run(program, named_tensors(model))
     assert len(composed(result.program)) == 4
     assert result.program.parameter_count < 0.85 * program.parameter_count
 

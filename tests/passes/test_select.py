@@ -46,7 +46,7 @@ def _left(plan: sir.Plan) -> dict[str, int]:
 
 def test_the_command_line_offers_every_allocation_and_budget() -> None:
     assert get_args(options.Allocation) == tuple(ALLOCATIONS)
-    assert get_args(options.Budget) == (*BUDGETS, "latency")
+    assert get_args(options.BudgetName) == (*BUDGETS, "latency")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

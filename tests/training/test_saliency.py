@@ -8,7 +8,7 @@ import torch
 
 import shear_ir as sir
 from shear_ir.errors import PlanError
-from shear_training.saliency import CRITERIA, saliency, sums
+from shear_training.saliency import SALIENCIES, saliency, sums
 from shear_training.units import Units
 from tests.training.tiny import adapted, base_groups
 from tests.zoo import build
@@ -55,11 +55,11 @@ def test_the_criteria_are_their_formulas(units: Units, group: str, unit: int) ->
     }
     found = sums(units)
     for name, value in expected.items():
-        torch.testing.assert_close(CRITERIA[name](found)[number], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(SALIENCIES[name](found)[number], value, rtol=1e-4, atol=1e-6)
 
 
 def test_each_criterion_has_norm_one_over_the_units_of_a_kind(units: Units) -> None:
-    for name in CRITERIA:
+    for name in SALIENCIES:
         score = saliency(units, {name: 1.0})
         for numbers in units.kinds().values():
             torch.testing.assert_close(score[numbers].norm(), torch.tensor(1.0))

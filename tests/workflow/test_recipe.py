@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shear_ir.errors import LoadError, PlanError
-from shear_tools.workflow.recipe import Recipe, Sensitivity, load_recipe
+from shear_tools.workflow.recipe import KnowledgeOptions, Recipe, load_recipe
 from shear_training.pruning import Pruning
 from shear_training.settings import Recovery
 
@@ -41,7 +41,7 @@ def written(folder: Path, document: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("section", "kind"), [("knowledge", Sensitivity), ("pruning", Pruning), ("recovery", Recovery)]
+    ("section", "kind"), [("knowledge", KnowledgeOptions), ("pruning", Pruning), ("recovery", Recovery)]
 )
 def test_every_option_of_a_section_can_be_given(tmp_path: Path, section: str, kind: Any) -> None:
     assert set(OTHER[section]) == {f.name for f in fields(kind)}
@@ -121,4 +121,4 @@ def test_a_repair_that_is_none_is_refused_from_python_too() -> None:
 
 def test_shares_that_are_none_are_refused_from_python_too() -> None:
     with pytest.raises(PlanError, match="rows to measure on are a number from 1 up, not 0"):
-        Sensitivity(rows=0)
+        KnowledgeOptions(rows=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shear_tools.workflow.recipe import Recipe, Sensitivity
+from shear_tools.workflow.recipe import KnowledgeOptions, Recipe
 from shear_tools.workflow.report import degradation, mean, write_report
 from shear_training.evaluate import Loss
 from shear_training.pruning import Pruning
@@ -39,7 +39,7 @@ def document(**change: Any) -> dict[str, Any]:
         "stopped": "max rounds",
     }
     recipe = Recipe(
-        Sensitivity(allocate=True), Pruning(seed=1, criteria={"flap": 2.0, "cosine": 0.5}), Recovery(seed=2)
+        KnowledgeOptions(allocate=True), Pruning(seed=1, criteria={"flap": 2.0, "cosine": 0.5}), Recovery(seed=2)
     )
     return {
         "command": "shear-ir lorashear x", "choice": {"ratio": 0.2}, "recipe": recipe.to_json(), "data": {"seed": 3}, "plan": PLAN,

@@ -15,14 +15,14 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 import shear_ir as sir
-from shear_tools.workflow.recipe import Recipe, Sensitivity
+from shear_tools.workflow.recipe import KnowledgeOptions, Recipe
 from shear_tools.workflow.run import Outcome
 from shear_training.pruning import Pruning
 from shear_training.settings import Recovery
 from tests.zoo import build
 
 RECIPE = Recipe(
-    Sensitivity(ratios=(0.5,), freeze=0.0),
+    KnowledgeOptions(ratios=(0.5,), freeze=0.0),
     Pruning(rank=4, lr=1e-2, warmup=1, periods=2, steps=2, batch=4, save_steps=2, device="cpu"),
     Recovery(rank=4, lr=1e-2, batch=4, rows_per_round=8, epochs=1, max_rounds=2, save_steps=1, device="cpu"),
     {"tuning": {"max_rounds": 1}},

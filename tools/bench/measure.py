@@ -99,7 +99,7 @@ def bare_export(clock: Clock, model: nn.Module, device: str) -> dict[str, Any]:
 def shear_ir(clock: Clock, model: nn.Module, device: str) -> dict[str, Any]:
     """Each stage from the model to cut tensors; the plan is made from shapes, so that no criterion is timed."""
     import shear_ir as sir
-    from shear_backends.graph.module import tensors_of
+    from shear_backends.graph.module import named_tensors
     from shear_ir.verifier import verify_program
     from shear_passes.analysis.infer_axes import InferAxes
     from shear_passes.rewrite.shear import cut_tensors, shear_program
@@ -112,7 +112,7 @@ def shear_ir(clock: Clock, model: nn.Module, device: str) -> dict[str, Any]:
     plan = clock.run("plan", lambda: sir.plan(program, ratio=RATIO, importance="order"))
     small = clock.run("rewrite", lambda: shear_program(groups, plan))
     clock.run("check", lambda: verify_program(small, blame="shear"))
-    clock.run("cut", lambda: cut_tensors(tensors_of(model), plan.kept))
+    clock.run("cut", lambda: cut_tensors(named_tensors(model), plan.kept))
     return {"nodes": len(program.nodes), "groups": len(groups), "removed": plan.ratio}
 
 

@@ -18,7 +18,7 @@ _REASON = 64
 
 
 @dataclass(frozen=True)
-class Entry:
+class LegendEntry:
     """Groups of one kind that share a row: same size and cost when prunable, same reason when frozen."""
 
     groups: tuple[Group, ...]
@@ -41,13 +41,13 @@ class Entry:
         return sum(g.size * g.parameters_per_unit for g in self.groups)
 
 
-def entries(groups: Iterable[Group]) -> list[Entry]:
+def entries(groups: Iterable[Group]) -> list[LegendEntry]:
     """The rows of the legend: what can go first, in graph order."""
     found: dict[object, list[Group]] = {}
     for group in groups:
         like = (group.size, group.parameters_per_unit) if group.prunable else _plain(group.reason)
         found.setdefault((not group.prunable, group.kind, like), []).append(group)
-    rows = [Entry(tuple(alike)) for alike in found.values()]
+    rows = [LegendEntry(tuple(alike)) for alike in found.values()]
     return sorted(rows, key=lambda entry: not entry.groups[0].prunable)
 
 
@@ -104,7 +104,7 @@ def _counted(count: int, thing: str) -> str:
     return f"{count} {thing}" + ("s" if count != 1 else "")
 
 
-def _row(entry: Entry, palette: Palette, cuts: Mapping[str, Cut] | None) -> str:
+def _row(entry: LegendEntry, palette: Palette, cuts: Mapping[str, Cut] | None) -> str:
     first = entry.groups[0]
     fills = list(dict.fromkeys(palette.fill(g) for g in entry.groups))
     swatch = "".join(f'<TD BGCOLOR="{fill}" WIDTH="{30 // len(fills)}" HEIGHT="12"></TD>' for fill in fills)

@@ -24,7 +24,7 @@ from shear_passes.analysis.find_groups import Group, Groups
 
 REPEATS = 3
 """So many blocks in a row fold; in the picture of one group more than eight."""
-CROWD = 200
+CROWD_OF_GROUPS = 200
 """Above so many items, blocks that lose different numbers of units fold too, and show ranges."""
 
 
@@ -101,7 +101,7 @@ def _folded(flow: Flow, groups: Groups, unfolded: Collection[int], plan: Plan | 
         return fold(flow.items.values(), groups, kept=kept, least=least, unfolded=unfolded, gone=gone)
 
     folding = attempt(kept)
-    crowded = sum(folding.path(path) == path for path in flow.items) > CROWD
+    crowded = sum(folding.path(path) == path for path in flow.items) > CROWD_OF_GROUPS
     return attempt({}) if crowded and kept else folding
 
 

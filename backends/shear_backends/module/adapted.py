@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.adapters import follow, merged_kept, require_lora, settle
-from shear_backends.module.shear import Recipe, build, cut_by_id, find_recipe, recorded, with_copies
+from shear_backends.module.shear import ModuleChanges, build, cut_by_id, find_changes, recorded, with_copies
 from shear_backends.verify.numbers import difference, evaluation, run, verify
 from shear_backends.verify.sides import Side
 from shear_ir.errors import PlanError, ShearingError
@@ -40,14 +40,14 @@ def shear_adapted(
     """
     require_lora(model)
     kept = merged_kept(model, follow(model, base_plan.kept), {} if plan is base_plan else plan.kept)
-    recipe = find_recipe(base, groups, base_plan, inputs)
+    recipe = find_changes(base, groups, base_plan, inputs)
     here = _here(recipe, base_view(model))
     routers = routers_here(model, base_plan) if plan is base_plan else plan.routers
     gains = gains_here(model, base_plan) if plan is base_plan else plan.gains
     whole = replace(plan, kept=kept, routers=routers, gains=gains)
     small = build(model, with_copies(model, cut_by_id(model, whole, here.norms)), here)
     settle(small)
-    if not any(t.is_meta for t in tensors_of(model).values()):
+    if not any(t.is_meta for t in named_tensors(model).values()):
         feed = example_inputs(model) if inputs is None else as_inputs(base, inputs)
         report = verify(model, small, whole, feed)
         if not report.sound:
@@ -88,7 +88,7 @@ def kept_here(model: nn.Module, plan: Plan) -> Kept:
     """The index maps of ``plan`` by the names of ``model``, when it was made for the base of a PEFT model."""
     if not has_adapters(model):
         return plan.kept
-    known = tensors_of(model)
+    known = named_tensors(model)
     view = base_view(model)
     of_base = [name for name in plan.kept if name in view.tensors and name not in known]
     return follow(model, plan.kept) if of_base else plan.kept
@@ -98,7 +98,7 @@ def routers_here(model: nn.Module, plan: Plan) -> dict[str, int]:
     """The tensors that score experts by the names of ``model``, when ``plan`` was made for the base of a PEFT model."""
     if not has_adapters(model):
         return dict(plan.routers)
-    known, names = tensors_of(model), base_view(model).tensors
+    known, names = named_tensors(model), base_view(model).tensors
     return {n: dim for own, dim in plan.routers.items() for n in ((own,) if own in known else names.get(own, ()))}
 
 
@@ -106,7 +106,7 @@ def gains_here(model: nn.Module, plan: Plan) -> dict[str, str]:
     """The gains of normalised weights, each with its v, by the names of ``model``; as ``routers_here``."""
     if not has_adapters(model):
         return dict(plan.gains)
-    known, names = tensors_of(model), base_view(model).tensors
+    known, names = named_tensors(model), base_view(model).tensors
 
     def here(own: str) -> tuple[str, ...]:
         return (own,) if own in known else tuple(names.get(own, ()))
@@ -120,8 +120,8 @@ def merged(model: nn.Module) -> nn.Module:
     Raises ``ShearingError`` for adapters that cannot be merged or when the merged model computes something else.
     """
     require_lora(model)
-    feed = None if any(t.is_meta for t in tensors_of(model).values()) else inputs_of(model)
-    kinds = {own: tensors_of(model)[name].dtype for own, (name, *_) in base_view(model).tensors.items()}
+    feed = None if any(t.is_meta for t in named_tensors(model).values()) else inputs_of(model)
+    kinds = {own: named_tensors(model)[name].dtype for own, (name, *_) in base_view(model).tensors.items()}
     for param in model.parameters():
         param.data = param.data.float() if param.dtype in (torch.float16, torch.bfloat16) else param.data
     expected = _predicted(model, feed)
@@ -143,9 +143,9 @@ def merged(model: nn.Module) -> nn.Module:
     return plain
 
 
-def _here(recipe: Recipe, view: BaseView) -> Recipe:
+def _here(recipe: ModuleChanges, view: BaseView) -> ModuleChanges:
     """The recipe of a base for the PEFT model around it, where copies of modules follow their originals."""
-    return Recipe(
+    return ModuleChanges(
         recipe.config,
         {path: dict(values) for own, values in recipe.attributes.items() for path in view.modules[own]},
         tuple(fix for own in recipe.norms for fix in _fixes(own, view)),

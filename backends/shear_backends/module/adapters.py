@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_ir.axes import Indices
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.adapters import Adapter, find_adapters
@@ -96,7 +96,7 @@ def merged_kept(model: nn.Module, mine: Kept, plan: Kept) -> dict[str, dict[int,
 
     Raises ``ShearingError`` where the two contradict each other.
     """
-    known = tensors_of(model)
+    known = named_tensors(model)
     found = {name: dict(dims) for name, dims in mine.items()}
     for name, dims in plan.items():
         for dim, indices in dims.items() if name in known else ():

@@ -25,8 +25,8 @@ from shear_ir.frontend.unchanged import copied
 from shear_ir.nodes import module_path
 from shear_passes.analysis.find_groups import Groups
 
-Site = tuple[Any, ...]
-Sizes = dict[Site, tuple[int, int]]
+AttributeSite = tuple[Any, ...]
+SizesBySite = dict[AttributeSite, tuple[int, int]]
 Overrides = dict[str, dict[str, Any]]
 """Module path to attribute (``num_heads``, ``config.num_attention_heads``) to its new value."""
 
@@ -110,9 +110,9 @@ class _Sites:
         self.groups = groups
         counts = {atom: int(stays.sum()) for atom, stays in masks.items()}
         self.counts = counts
-        self.own: dict[str, Sizes] = {}
-        self.inner: dict[str, Sizes] = {}
-        self.below: dict[str, Sizes] = {}
+        self.own: dict[str, SizesBySite] = {}
+        self.inner: dict[str, SizesBySite] = {}
+        self.below: dict[str, SizesBySite] = {}
         for name, dims in groups.axes.of_param.items():
             path, _, leaf = name.rpartition(".")
             self._put(self.own, path, ("own", leaf), dims)
@@ -135,11 +135,11 @@ class _Sites:
         """The size of a dim after the cut."""
         return evaluate(dim, lambda a: self.counts.get(a, a.size))
 
-    def of(self, path: str) -> Sizes:
+    def of(self, path: str) -> SizesBySite:
         """The places of one module, its own parameters first."""
         return {**self.own.get(path, {}), **self.inner.get(path, {}), **self.below.get(path, {})}
 
-    def _put(self, table: dict[str, Sizes], path: str, site: Site, dims: tuple[Dim, ...]) -> None:
+    def _put(self, table: dict[str, SizesBySite], path: str, site: AttributeSite, dims: tuple[Dim, ...]) -> None:
         mine = table.setdefault(path, {})
         for place, dim in enumerate(dims):
             for span, part in spans(dim):
@@ -209,7 +209,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _options(values: list[Any], sizes: list[Sizes], made: Site | None) -> list[list[Any]]:
+def _options(values: list[Any], sizes: list[SizesBySite], made: AttributeSite | None) -> list[list[Any]]:
     """The vectors of new values, without the one that changes nothing when it is the only one."""
     if isinstance(values[0], (tuple, list)):
         parts = [_options([v[i] for v in values], sizes, None) for i in range(len(values[0]))]
@@ -230,7 +230,7 @@ def _options(values: list[Any], sizes: list[Sizes], made: Site | None) -> list[l
     return [*changed, values] if changed else []
 
 
-def _constructor_dims(module: nn.Module) -> dict[str, Site]:
+def _constructor_dims(module: nn.Module) -> dict[str, AttributeSite]:
     """Which own parameter dim each integer argument of the constructor makes, by changing it by one.
 
     Only for modules that hold parameters themselves and whose constructor takes plain values kept as attributes.
@@ -251,7 +251,7 @@ def _constructor_dims(module: nn.Module) -> dict[str, Site]:
     base = build({})
     if base is None or base != own:
         return {}
-    found: dict[str, Site] = {}
+    found: dict[str, AttributeSite] = {}
     for name, value in arguments.items():
         if _is_size(value) and not isinstance(value, (tuple, list)):
             moved = build({name: value + 1})

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-Field = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 """The way to a config field: attribute names, and places in lists."""
-Changes = dict[Field, int]
+Changes = dict[FieldPath, int]
 
 
-def fields_of(config: Any, prefix: Field = (), of: tuple[type, ...] = (int, type(None))) -> Iterator[tuple[Field, Any]]:
+def fields_of(
+    config: Any, prefix: FieldPath = (), of: tuple[type, ...] = (int, type(None))
+) -> Iterator[tuple[FieldPath, Any]]:
     """The integer and unset fields of a config, of its sub-configs and of its lists (``ffn_dims=[64, 48]``)."""
     for name, value in vars(config).items():
         if name.startswith("_"):
@@ -24,14 +26,14 @@ def fields_of(config: Any, prefix: Field = (), of: tuple[type, ...] = (int, type
             yield (*prefix, name), value
 
 
-def get_field(config: Any, path: Field) -> Any:
+def get_field(config: Any, path: FieldPath) -> Any:
     """The value at ``path``, None where the config has no such field."""
     for part in path:
         config = config[part] if isinstance(part, int) else getattr(config, part, None)
     return config
 
 
-def set_field(config: Any, path: Field, value: Any) -> None:
+def set_field(config: Any, path: FieldPath, value: Any) -> None:
     """Set the value at ``path``; a config class may refuse it, by any exception."""
     *parents, last = path
     owner = get_field(config, tuple(parents))
@@ -41,7 +43,7 @@ def set_field(config: Any, path: Field, value: Any) -> None:
         setattr(owner, last, value)
 
 
-def changed(config: Any, changes: Mapping[Field, Any]) -> Any:
+def changed(config: Any, changes: Mapping[FieldPath, Any]) -> Any:
     """A copy of the config with the given fields changed."""
     config = copy.deepcopy(config)
     for path, value in changes.items():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from shear_backends.module.attributes import spans
 from shear_backends.module.config_builds import Shapes, shapes_of
-from shear_backends.module.config_fields import Changes, Field, changed, fields_of, objection, set_field
+from shear_backends.module.config_fields import Changes, FieldPath, changed, fields_of, objection, set_field
 from shear_backends.module.config_search import Search, changed_shapes
 from shear_backends.module.rms_norms import rms_norms_of
 from shear_ir.axes import Axis, Mask, evaluate
@@ -29,7 +29,7 @@ _FEW = 2
 
 
 @dataclass(frozen=True)
-class Inference:
+class ConfigInference:
     """``config``: builds exactly the sheared shapes; None when none does. ``changes``: the fields that differ.
 
     ``refused``: what stands in the way of ``changes``: the config class's own objection, or a tensor that it computes.
@@ -38,15 +38,15 @@ class Inference:
     """
 
     config: Any | None
-    changes: Mapping[Field, int]
+    changes: Mapping[FieldPath, int]
     refused: str = ""
     others: Callable[[], Iterator[Any]] = lambda: iter(())
 
 
 def infer_config(
     model: nn.Module, groups: Groups, masks: Mapping[Axis, Mask], kept: Kept, norms: tuple[NormFix, ...] = (),
-    like: Mapping[Field, int] | None = None, *, searching: bool = True,
-) -> Inference:  # fmt: skip
+    like: Mapping[FieldPath, int] | None = None, *, searching: bool = True,
+) -> ConfigInference:  # fmt: skip
     """The config whose model has exactly the sheared shapes, if the class has one; with adapters, their base's.
 
     ``like``: the changes that told other sizes of the same model, tried before a search, or alone without one.
@@ -55,18 +55,18 @@ def infer_config(
         model, kept, norms = _base_alone(model, kept, norms)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
-        return Inference(None, {})
+        return ConfigInference(None, {})
     if rms_norms_of(model) is not None:
-        return Inference(None, {}, "its layer norms have become RMS norms, which no config of its class builds")
+        return ConfigInference(None, {}, "its layer norms have become RMS norms, which no config of its class builds")
     search, changes = _changes(model, _target(model, kept), new_sizes(groups, masks), like or {}, searching)
     if changes is None:
-        return Inference(None, {})
+        return ConfigInference(None, {})
     found = changed(config, changes)
     refused = objection(found) or _computed(model, kept)
     if refused:
-        return Inference(None, changes, refused)
+        return ConfigInference(None, changes, refused)
     if norms and not _scale_eps(model, found, norms):
-        return Inference(
+        return ConfigInference(
             None, changes, "norms that become narrower share their eps with others, or have eps of their own"
         )
 
@@ -76,7 +76,7 @@ def infer_config(
             if not objection(other) and (not norms or _scale_eps(model, other, norms)):
                 yield other
 
-    return Inference(found, changes, others=others)
+    return ConfigInference(found, changes, others=others)
 
 
 def _computed(model: nn.Module, kept: Kept) -> str:
@@ -108,7 +108,7 @@ def _base_alone(
 
 
 def _changes(
-    model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]], like: Mapping[Field, int], searching: bool
+    model: nn.Module, target: Shapes, sizes: Mapping[int, set[int]], like: Mapping[FieldPath, int], searching: bool
 ) -> tuple[Search, Changes | None]:
     """The fields to change, searched for in a model of few layers where the whole model confirms what is found."""
     depth = few_layers(model)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import nn
 
 from shear_backends.module.config_builds import Shapes, asked_for, built_shapes
-from shear_backends.module.config_fields import Changes, Field, changed, fields_of, objection
+from shear_backends.module.config_fields import Changes, FieldPath, changed, fields_of, objection
 
 _BUILDS = 96
 _TOGETHER = 24
 _GUESSES = 64
 
 
-def changed_shapes(model: nn.Module, changes: Mapping[Field, int]) -> Shapes | None:
+def changed_shapes(model: nn.Module, changes: Mapping[FieldPath, int]) -> Shapes | None:
     """The shapes of a model of this class with the given fields changed; None when the class refuses them."""
     try:
         config = changed(model.config, changes)
@@ -37,12 +37,12 @@ class Search:
         self.model = model
         self.sizes = sizes
         self.depth = depth or {}
-        self.builds: dict[frozenset[tuple[Field, int]], Shapes | None] = {}
+        self.builds: dict[frozenset[tuple[FieldPath, int]], Shapes | None] = {}
         self.base = self._build({})
         self.target = {n: s for n, s in target.items() if n in (self.base or ())} if depth else target
         self.fields = dict(fields_of(model.config))
 
-    def fits(self, changes: Mapping[Field, int]) -> bool:
+    def fits(self, changes: Mapping[FieldPath, int]) -> bool:
         """Whether the changes give exactly the target shapes."""
         return self._distance(changes) == 0.0
 
@@ -60,7 +60,7 @@ class Search:
             found = self._found(pins, alone=False)
         return None if found is None else self._accepted(found, pins)
 
-    def guess(self, like: Mapping[Field, int]) -> Changes | None:
+    def guess(self, like: Mapping[FieldPath, int]) -> Changes | None:
         """Changes of these fields alone that the class accepts and that give the shapes, each to what its size became.
 
         Quick, for sizes beside others of which ``like`` is the answer; None where no such guess fits.
@@ -78,7 +78,7 @@ class Search:
                 return changes
         return None
 
-    def also(self, found: Mapping[Field, int]) -> Iterator[Changes]:
+    def also(self, found: Mapping[FieldPath, int]) -> Iterator[Changes]:
         """Changes that give the shapes as ``found`` does, and each change one number more that has such a size.
 
         For a number that no shape tells, such as the heads of a width that they only share out.
@@ -91,7 +91,7 @@ class Search:
 
     def _found(self, pins: Changes, alone: bool = True) -> Changes | None:
         """``alone``: only fields that move dims by themselves, or that the class does not let be changed alone."""
-        options: dict[Field, list[int]] = {}
+        options: dict[FieldPath, list[int]] = {}
         for path, value in {**self.fields, **pins}.items():
             news = sorted(n for n in self.sizes.get(value, ()) if n != value) if isinstance(value, int) else []
             news = [n for n in news if self._helps({**pins, path: n}, alone)]
@@ -100,10 +100,10 @@ class Search:
         changes = self._descend({**pins, **{path: news[0] for path, news in options.items()}}, options, pins)
         return _least(changes, [*pins, *changes], self.fits) if self.fits(changes) else None
 
-    def _accepted(self, found: Changes, pins: Mapping[Field, int]) -> Changes:
+    def _accepted(self, found: Changes, pins: Mapping[FieldPath, int]) -> Changes:
         """``found`` with what the class wants changed together with it; as it is where nothing pleases the class."""
 
-        def pleases(changes: Mapping[Field, int]) -> bool:
+        def pleases(changes: Mapping[FieldPath, int]) -> bool:
             return not objection(changed(self.model.config, changes)) and self.fits(changes)
 
         if pleases(found):
@@ -114,7 +114,7 @@ class Search:
         way = next((way for way in ways if pleases(way)), None)
         return found if way is None else _least(way, [p for p in way if p not in found], pleases)
 
-    def _descend(self, changes: Changes, options: Mapping[Field, list[int]], pins: Changes) -> Changes:
+    def _descend(self, changes: Changes, options: Mapping[FieldPath, list[int]], pins: Changes) -> Changes:
         """One field at a time to the value nearest to the target, until none helps; its old value is one of them."""
         best = self._distance(changes)
         better, most = True, len(self.builds) + _BUILDS
@@ -129,13 +129,13 @@ class Search:
                     changes, best, better = tries[nearest], found, True
         return changes
 
-    def _silent(self) -> list[Field]:
+    def _silent(self) -> list[FieldPath]:
         """Fields that were not set (``head_dim=None``, ``n_inner=None``) or that the constructor only asked for."""
         missed = asked_for(type(self.model), changed(self.model.config, self.depth))
         unset = [path for path, value in self.fields.items() if value is None]
         return [*unset, *((name,) for name in missed if (name,) not in self.fields)]
 
-    def _pins(self, silent: list[Field], *, probing: bool) -> Changes:
+    def _pins(self, silent: list[FieldPath], *, probing: bool) -> Changes:
         """Silent fields, each at the value that changes nothing, so that a field it was derived from can change alone.
 
         With ``probing`` those of which a probe moves shapes; else those that a class does not let be probed.
@@ -173,7 +173,7 @@ class Search:
                 if old != new:
                     yield old, new
 
-    def _distance(self, changes: Mapping[Field, int]) -> float:
+    def _distance(self, changes: Mapping[FieldPath, int]) -> float:
         """How far the built shapes are from the target; 0 only for the target itself.
 
         Logarithms, so that a dim that two fields make together (heads x head_dim) comes nearer by either of them.
@@ -184,7 +184,7 @@ class Search:
         pairs = (p for n, shape in shapes.items() for p in zip(shape, self.target[n], strict=True))
         return sum(abs(math.log(a / b)) if a and b else 1.0 for a, b in pairs if a != b)
 
-    def _build(self, changes: Mapping[Field, int]) -> Shapes | None:
+    def _build(self, changes: Mapping[FieldPath, int]) -> Shapes | None:
         """The shapes of a model built with ``changes``; None when the class refuses them."""
         key = frozenset(changes.items())
         if key not in self.builds:
@@ -193,7 +193,7 @@ class Search:
 
 
 def _least(
-    changes: Changes, able: list[Field], holds: Callable[[Mapping[Field, int]], bool]
+    changes: Changes, able: list[FieldPath], holds: Callable[[Mapping[FieldPath, int]], bool]
 ) -> Changes:  # fmt: skip
     """``changes`` without those of ``able`` that ``holds`` does not need."""
     for path in dict.fromkeys(able):

@@ -7,11 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.config_inference import infer_config
 from shear_backends.module.judge import Judge
 from shear_backends.module.layers import drop_layers, staying
-from shear_backends.module.shear import Recipe, build, cut_by_id, find_recipe, recorded, require_exact, with_copies
+from shear_backends.module.shear import (
+    ModuleChanges,
+    build,
+    cut_by_id,
+    find_changes,
+    recorded,
+    require_exact,
+    with_copies,
+)
 from shear_backends.verify.masked_blocks import block_cuts
 from shear_ir.errors import ShearingError
 from shear_ir.frontend.export import trace
@@ -43,11 +51,11 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     dropped, exact = without_layers(model, plan)
     _require_function(model, dropped, groups, plan, feed)
     later = _cuts_of_the_rest(plan)
-    recipe = Recipe(dropped.config if exact else None)
+    recipe = ModuleChanges(dropped.config if exact else None)
     if later.cuts:
         found = AnalysisManager(_traced(dropped, feed)).get(FindGroups())
         later = replace(later, digest=found.program.digest)
-        recipe = find_recipe(dropped, found, later, feed)
+        recipe = find_changes(dropped, found, later, feed)
     small = build(dropped, with_copies(dropped, cut_by_id(dropped, later, recipe.norms)), recipe)
     return recorded(small, model, plan, recipe if exact else replace(recipe, config=None))
 
@@ -55,7 +63,7 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
 def without_layers(model: nn.Module, plan: Plan) -> tuple[nn.Module, bool]:
     """A copy of ``model`` without the layers, over the same tensors; whether its own config builds it."""
     staying(model, plan.gone)
-    dropped = copied(model, {id(t): t for t in tensors_of(model).values()})
+    dropped = copied(model, {id(t): t for t in named_tensors(model).values()})
     return dropped, drop_layers(dropped, plan.gone, model)
 
 

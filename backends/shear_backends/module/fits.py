@@ -20,7 +20,7 @@ from shear_ir.axes import Axis, Dim, Mask, atoms, evaluate
 from shear_ir.nodes import module_path
 from shear_passes.analysis.find_groups import Groups
 
-Sizes = tuple[int, ...]
+Shape = tuple[int, ...]
 
 _VIEWS = (Tensor.view, Tensor.reshape, torch.reshape)
 _UNFLATTENS = (Tensor.unflatten, torch.unflatten)
@@ -39,12 +39,12 @@ class Fit:
 
     module: str
     rank: int
-    places: Sizes
-    old: Sizes
-    new: Sizes
-    operand: Sizes = ()
+    places: Shape
+    old: Shape
+    new: Shape
+    operand: Shape = ()
 
-    def of(self, sizes: Sizes) -> Sizes | None:
+    def of(self, sizes: Shape) -> Shape | None:
         """``sizes`` with the new ones, but for one left open; None where they are not those of the dense model."""
         if len(sizes) != self.rank:
             return None
@@ -190,16 +190,16 @@ class _Fitting(TorchFunctionMode):
                 return torch.split(args[0], list(parts), along)
         return func(*args, **kwargs)
 
-    def _fitting_open(self, asked: Sizes, shape: Sequence[int], whole: int) -> Sizes:
+    def _fitting_open(self, asked: Shape, shape: Sequence[int], whole: int) -> Shape:
         """``asked``, of which one is open and takes any rest: what a cut made of it, where the operand is one of it."""
         return self._only(
             [(s, by) for s, by in self._known(asked) if by and by[-1].reads(shape) and whole % -math.prod(s) == 0],
             asked,
         )
 
-    def _parts(self, x: Tensor, number: int, along: int, count: bool) -> Sizes | None:
+    def _parts(self, x: Tensor, number: int, along: int, count: bool) -> Shape | None:
         """The sizes that are meant by one size, or by the ``count`` of parts, of what was cut; None for all else."""
-        answers: list[tuple[Sizes, tuple[Fit, ...]]] = []
+        answers: list[tuple[Shape, tuple[Fit, ...]]] = []
         for fit in self.fits:
             said = len(fit.places) if count else fit.old[0]
             if len(fit.places) == fit.rank and said == number:
@@ -207,15 +207,15 @@ class _Fitting(TorchFunctionMode):
                 answers += [(s, by) for s, by in chains if sum(s) == x.shape[along] and (s, by) not in answers]
         return self._only(answers, ()) or None
 
-    def _fitting(self, asked: Sizes, whole: int, measure: Callable[[Sizes], int]) -> Sizes:
+    def _fitting(self, asked: Shape, whole: int, measure: Callable[[Shape], int]) -> Shape:
         """``asked`` where it can be had, else what one or more cuts made of it; ``asked`` too where two answers fit."""
         if measure(asked) == whole:
             return asked
         return self._only([(sizes, by) for sizes, by in self._known(asked) if measure(sizes) == whole], asked)
 
-    def _known(self, asked: Sizes) -> list[tuple[Sizes, tuple[Fit, ...]]]:
+    def _known(self, asked: Shape) -> list[tuple[Shape, tuple[Fit, ...]]]:
         """``asked`` and what one or more cuts made of it, each with these."""
-        known: list[tuple[Sizes, tuple[Fit, ...]]] = [(asked, ())]  # symbolic sizes have no hash
+        known: list[tuple[Shape, tuple[Fit, ...]]] = [(asked, ())]  # symbolic sizes have no hash
         for sizes, by in known:
             for fit in self.fits:
                 made = fit.of(sizes)
@@ -227,7 +227,7 @@ class _Fitting(TorchFunctionMode):
                     known.append((made, (*by, fit)))
         return known
 
-    def _only(self, answers: Sequence[tuple[Sizes, tuple[Fit, ...]]], asked: Sizes) -> Sizes:
+    def _only(self, answers: Sequence[tuple[Shape, tuple[Fit, ...]]], asked: Shape) -> Shape:
         """The only answer, which is noted; ``asked`` where there is none or more than one."""
         if any(sizes != answers[0][0] for sizes, _ in answers) or not answers:
             return asked

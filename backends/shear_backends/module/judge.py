@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.compare import largest
 from shear_backends.verify.numbers import difference, evaluation, run
 from shear_backends.verify.sides import Side, raised
@@ -193,7 +193,7 @@ class Judge:
 
     def _sheared(self, dense: nn.Module, groups: Groups) -> nn.Module:
         """The sheared program over the tensors of ``dense``."""
-        named = tensors_of(dense)
+        named = named_tensors(dense)
         owned = {p.name for p in groups.program.params.values() if p.kind != "constant"}
         cut = shear_tensors({name: named[name] for name in owned}, groups, self.plan)
         return graph_module(shear_program(groups, self.plan), cut)
@@ -204,7 +204,7 @@ class Judge:
             return
         with evaluation(self.model), torch.no_grad():
             own = run(self.model, self.feed)
-            gap = difference(own, graph_module(self.groups.program, tensors_of(self.model))(**self.feed))
+            gap = difference(own, graph_module(self.groups.program, named_tensors(self.model))(**self.feed))
         if gap > _CLEARLY * largest(own):
             raise ShearingError(
                 f"the trace of {type(self.model).__name__} is not its function, they differ by {gap:.3g} before "

@@ -16,7 +16,7 @@ from torch import nn
 from shear_ir.errors import ShearingError
 from shear_ir.plans import original, renumbered
 
-Field = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 """The way to a config field: attribute names, and a place in a list."""
 Lists = dict[str, list[int]]
 """A list of modules to the numbers of those that stay."""
@@ -118,13 +118,13 @@ def _adopt(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
             delattr(module, name)
 
 
-def _changes(dense: nn.Module, target: Mapping[str, Any], lists: Lists) -> dict[Field, Any]:
+def _changes(dense: nn.Module, target: Mapping[str, Any], lists: Lists) -> dict[FieldPath, Any]:
     """The fields that say how many layers there are, with the lists and counts beside them that have to follow.
 
     Fields are taken as they bring the built shapes nearer to ``target``; what does not move them is left alone, but
     for lists with one entry per layer.
     """
-    changes: dict[Field, Any] = {}
+    changes: dict[FieldPath, Any] = {}
     missing = _missed(dense, changes, target)
     for kept, count in ((kept, len(list(dense.get_submodule(up).children()))) for up, kept in lists.items()):
         fields = list(_values(dense.config))
@@ -147,8 +147,8 @@ def _changes(dense: nn.Module, target: Mapping[str, Any], lists: Lists) -> dict[
 
 
 def _lengths(
-    fields: Sequence[tuple[Field, Any]], count: int, left: int, along: Mapping[Field, Any]
-) -> Iterator[dict[Field, Any]]:
+    fields: Sequence[tuple[FieldPath, Any]], count: int, left: int, along: Mapping[FieldPath, Any]
+) -> Iterator[dict[FieldPath, Any]]:
     """Fields that may say how many layers there are, with the lists beside them and without."""
     for field, value in fields:
         if type(value) is int and value == count:
@@ -156,7 +156,9 @@ def _lengths(
             yield {field: left}
 
 
-def _counting(fields: Sequence[tuple[Field, Any]], kept: Sequence[int], count: int) -> Iterator[dict[Field, Any]]:
+def _counting(
+    fields: Sequence[tuple[FieldPath, Any]], kept: Sequence[int], count: int
+) -> Iterator[dict[FieldPath, Any]]:
     """Fields that may say how many of the first layers are of a kind, or which are."""
     for field, value in fields:
         if type(value) is int and 0 < value < count:
@@ -165,7 +167,7 @@ def _counting(fields: Sequence[tuple[Field, Any]], kept: Sequence[int], count: i
             yield {field: [kept.index(v) for v in value if v in kept]}
 
 
-def _missed(dense: nn.Module, changes: Mapping[Field, Any], target: Mapping[str, Any]) -> int | None:
+def _missed(dense: nn.Module, changes: Mapping[FieldPath, Any], target: Mapping[str, Any]) -> int | None:
     """How many tensors a model with these fields has that it should not have, or lacks; None when it is refused."""
     try:
         config = _changed(dense.config, changes)
@@ -180,7 +182,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def _changed(config: Any, changes: Mapping[Field, Any]) -> Any:
+def _changed(config: Any, changes: Mapping[FieldPath, Any]) -> Any:
     """A copy of ``config`` with the given fields; one that its class refuses is left for the constructor to refuse."""
     made = copy.deepcopy(config)
     for (*parents, last), value in changes.items():
@@ -191,7 +193,7 @@ def _changed(config: Any, changes: Mapping[Field, Any]) -> Any:
     return made
 
 
-def _values(config: Any, prefix: Field = ()) -> Iterator[tuple[Field, Any]]:
+def _values(config: Any, prefix: FieldPath = ()) -> Iterator[tuple[FieldPath, Any]]:
     """The numbers and lists of a config and of its sub-configs."""
     for name, value in vars(config).items():
         if name.startswith("_"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.judge import Judge
 from shear_backends.module.shear import RECORD, Record, state_of
 from shear_backends.verify.structure import Structure
@@ -39,7 +39,7 @@ def by_structure(model: nn.Module, groups: Groups, plan: Plan, small: nn.Module,
 
 def _tensor_apart(model: nn.Module, plan: Plan, small: nn.Module) -> str:
     """The first tensor of ``small`` that is not what ``plan`` leaves of the dense one; empty where all are."""
-    dense, found = tensors_of(model), tensors_of(small)
+    dense, found = named_tensors(model), named_tensors(small)
     if not plan.kept.keys() <= dense.keys():
         return "the plan was made for tensors by other names"
     dense = gained(dense, plan.kept, plan.gains)

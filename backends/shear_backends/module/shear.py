@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module import attributes
 from shear_backends.module.attributes import Overrides, apply_attributes
 from shear_backends.module.config_inference import infer_config
@@ -80,7 +80,7 @@ def of_transformers(model: nn.Module) -> bool:
 def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose parameters and saved buffers are on the meta device."""
     state = {id(t) for t in model.state_dict(keep_vars=True).values()}
-    empty = {id(t): t.detach().to("meta") for t in tensors_of(model).values() if id(t) in state}
+    empty = {id(t): t.detach().to("meta") for t in named_tensors(model).values() if id(t) in state}
     kept = {id(p): nn.Parameter(empty[id(p)], p.requires_grad) for p in model.parameters() if id(p) in empty}
     skeleton = copied(model, {**empty, **kept})
     vars(skeleton).pop(RECORD, None)
@@ -93,7 +93,7 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     Raises ``PlanError`` for a plan of another model and ``ShearingError`` when no setting of the modules' attributes
     computes the sheared graph's function.
     """
-    recipe = find_recipe(model, groups, plan, inputs)
+    recipe = find_changes(model, groups, plan, inputs)
     small = build(model, with_copies(model, cut_by_id(model, plan, recipe.norms)), recipe)
     require_apart(small, model, example_inputs(model) if inputs is None else as_inputs(model, inputs))
     return recorded(small, model, plan, recipe)
@@ -101,9 +101,9 @@ def shear_module(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
 
 def require_apart(small: nn.Module, model: nn.Module, feed: Inputs) -> None:
     """Raise ``ShearingError`` where ``small`` reads a tensor of ``model``, as by a hook that holds on to it."""
-    places = {t.untyped_storage().data_ptr(): name for name, t in tensors_of(model).items() if not t.is_meta}
+    places = {t.untyped_storage().data_ptr(): name for name, t in named_tensors(model).items() if not t.is_meta}
     places.pop(0, None)
-    if not places or any(t.is_meta for t in tensors_of(small).values()):
+    if not places or any(t.is_meta for t in named_tensors(small).values()):
         return
 
     class Watched(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
@@ -123,7 +123,7 @@ def require_apart(small: nn.Module, model: nn.Module, feed: Inputs) -> None:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModuleChanges:
     """What has to change in a copy of the dense modules beside its tensors; with a ``config``, the class's own."""
 
     config: Any = None
@@ -134,7 +134,7 @@ class Recipe:
     proof: Structure | None = None
 
 
-def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> Recipe:
+def find_changes(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> ModuleChanges:
     """The first recipe whose result computes the sheared graph's function; raises as ``shear_module`` does."""
     require_exact(model)
     masks = checked_masks(groups, plan)
@@ -145,7 +145,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     cuts = cut_by_id(model, plan, norms)
     fits = find_fits(groups, masks)
 
-    def agrees(recipe: Recipe, small: nn.Module | None = None) -> bool:
+    def agrees(recipe: ModuleChanges, small: nn.Module | None = None) -> bool:
         small = build(model, cuts, recipe) if small is None else small
         return judge.agrees(small, lambda dense: build(dense, cut_by_id(dense, plan, norms), recipe))
 
@@ -167,7 +167,7 @@ def find_recipe(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None
     )
 
 
-def _smallest(model: nn.Module, recipe: Recipe, agrees: Callable[[Recipe], bool]) -> Recipe:
+def _smallest(model: nn.Module, recipe: ModuleChanges, agrees: Callable[[ModuleChanges], bool]) -> ModuleChanges:
     """``recipe`` without the attributes that it need not change, which only had the value of a size."""
     for paths, name in attributes.optional(model, recipe.attributes):
         less = replace(recipe, attributes=attributes.without(recipe.attributes, paths, name))
@@ -189,22 +189,22 @@ def _recipes(
     plan: Plan,
     norms: tuple[NormFix, ...],
     feed: Inputs,
-) -> Iterator[Recipe]:
+) -> Iterator[ModuleChanges]:
     """Ways to build the sheared model, the stock one first."""
     found = infer_config(model, groups, masks, plan.kept, norms)
     if found.config is not None:
         for config in itertools.chain([found.config], found.others()):
-            yield Recipe(config, _attributes_by_config(model, config), norms)
+            yield ModuleChanges(config, _attributes_by_config(model, config), norms)
     gathers = tuple(find_gathers(model, groups, masks, feed))
     for overrides in attributes.candidates(model, groups, masks, feed):
-        yield Recipe(None, overrides, norms, gathers)
+        yield ModuleChanges(None, overrides, norms, gathers)
 
 
 def cut_by_id(model: nn.Module, plan: Plan, norms: tuple[NormFix, ...] = ()) -> dict[int, Tensor]:
     """What each tensor of ``model`` becomes, by the tensor's id; one that loses nothing becomes itself."""
     fixes = {fix.parameter: fix for fix in norms}
     found: dict[int, Tensor] = {}
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     scaled = gained(tensors, plan.kept, plan.gains)
     for name, tensor in tensors.items():
         if id(tensor) in found:
@@ -220,11 +220,11 @@ def cut_by_id(model: nn.Module, plan: Plan, norms: tuple[NormFix, ...] = ()) -> 
 
 def with_copies(model: nn.Module, cuts: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """``cuts`` with copies of the tensors that lose nothing, so that training one model leaves the other alone."""
-    own = {id(t): t for t in tensors_of(model).values()}
+    own = {id(t): t for t in named_tensors(model).values()}
     return {key: copy.deepcopy(cut) if cut is own[key] else cut for key, cut in cuts.items()}
 
 
-def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: Recipe, gone: Sequence[str] = ()) -> nn.Module:
+def build(model: nn.Module, cuts: Mapping[int, Tensor], recipe: ModuleChanges, gone: Sequence[str] = ()) -> nn.Module:
     """A copy of ``model`` over the tensors of ``cuts``, without the layers ``gone``, with what ``recipe`` sets."""
     small = copied(model, cuts)
     forget_kept(small)
@@ -311,7 +311,7 @@ def _config_of(model: nn.Module) -> dict[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: Recipe) -> nn.Module:
+def recorded(small: nn.Module, model: nn.Module, plan: Plan, recipe: ModuleChanges) -> nn.Module:
     """``small`` with its record attached, joined with that of earlier cuts."""
     stock = recipe.config is not None
     found_again = RECORD in vars(model) or of_transformers(model) or hasattr(model, "peft_config")

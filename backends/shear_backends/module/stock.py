@@ -19,7 +19,7 @@ from shear_ir.errors import PlanError, ShearingError
 from shear_passes.analysis.find_groups import Group, Groups
 from shear_passes.rewrite.rescale_norm import norm_fixes
 
-Counts = Mapping[Group, int]
+UnitCounts = Mapping[Group, int]
 """How many units stay of each group that loses some."""
 Class = tuple[str, int]
 """Groups that can only be said together: those of one kind and size."""
@@ -36,7 +36,7 @@ class Answer:
     """Sizes that a config has: what had to be ``fixed`` for it, and the counts that this gives."""
 
     fixed: Fixed
-    counts: Counts
+    counts: UnitCounts
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Stock:
     refused: set[frozenset[tuple[Axis, int]]] = field(default_factory=set)
     known: dict[tuple[frozenset[tuple[Axis, int]], bool], str] = field(default_factory=dict)
 
-    def why_not(self, counts: Counts, *, quick: bool = False) -> str:
+    def why_not(self, counts: UnitCounts, *, quick: bool = False) -> str:
         """What stands in the way of a config with these counts; empty where the class has one.
 
         ``quick``: without a search, where one has told other sizes, and without the eps of norms.
@@ -64,11 +64,11 @@ class Stock:
         """What stood in the way of the latest counts that were asked for in full; empty where nothing did."""
         return next((why for (_, quick), why in reversed(self.known.items()) if not quick), "")
 
-    def has_fields(self, counts: Counts) -> bool:
+    def has_fields(self, counts: UnitCounts) -> bool:
         """Whether fields of the config tell these counts, though the class may refuse their values."""
         return not self.why_not(counts) or _key(counts) in self.refused
 
-    def near(self, counts: Counts, over: Class) -> Iterator[int]:
+    def near(self, counts: UnitCounts, over: Class) -> Iterator[int]:
         """The numbers of units next to that of ``over`` with which the class has a config, all others alike."""
         mine = [g for g in counts if (g.kind, g.size) == over]
         now, size, least = counts[mine[0]], over[1], max(g.least for g in mine)
@@ -79,7 +79,7 @@ class Stock:
                     yield count
                     break
 
-    def _tries(self, counts: Counts, side: range, size: int) -> list[int]:
+    def _tries(self, counts: UnitCounts, side: range, size: int) -> list[int]:
         """Some numbers of ``side``, the nearest first: the next ones, the next multiples of other sizes, and all.
 
         Where no fields are known to tell them, those that most sizes divide are first.
@@ -96,7 +96,7 @@ class Stock:
         divided = {n: sum(n % s == 0 for s in steps) for n in tries}
         return sorted(tries, key=lambda n: (-divided[n], abs(n - edge)))
 
-    def _ask(self, counts: Counts, quick: bool) -> str:
+    def _ask(self, counts: UnitCounts, quick: bool) -> str:
         masks = _masks(self.groups, counts)
         try:
             fixes = () if quick else tuple(norm_fixes(self.groups, masks))
@@ -122,7 +122,7 @@ class Stock:
         return type(self.model).__name__
 
 
-def nearest(stock: Stock, solve: Callable[[Fixed], Counts]) -> list[Answer]:
+def nearest(stock: Stock, solve: Callable[[Fixed], UnitCounts]) -> list[Answer]:
     """Sizes that a config has, found by fixing one kind after the other at numbers that the class accepts.
 
     ``solve``: the counts that a ratio gives with what is fixed; raises ``PlanError`` where it cannot be reached.
@@ -154,7 +154,7 @@ def nearest(stock: Stock, solve: Callable[[Fixed], Counts]) -> list[Answer]:
     return answers
 
 
-def classes(counts: Counts) -> dict[Class, int]:
+def classes(counts: UnitCounts) -> dict[Class, int]:
     """The number of units that stay in the groups of each kind and size; without those of unlike numbers."""
     found: dict[Class, set[int]] = {}
     for group, count in counts.items():
@@ -162,10 +162,10 @@ def classes(counts: Counts) -> dict[Class, int]:
     return {over: left.pop() for over, left in found.items() if len(left) == 1}
 
 
-def _key(counts: Counts) -> frozenset[tuple[Axis, int]]:
+def _key(counts: UnitCounts) -> frozenset[tuple[Axis, int]]:
     return frozenset((g.axis, n) for g, n in counts.items() if n != g.size)
 
 
-def _masks(groups: Groups, counts: Counts) -> dict[Axis, Mask]:
+def _masks(groups: Groups, counts: UnitCounts) -> dict[Axis, Mask]:
     """Masks of the right numbers of units; which units stay does not matter here."""
     return {g.axis: np.arange(g.size) < n for g, n in counts.items() if n != g.size and g.axis in groups.by_axis}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_ir.frontend.unchanged import copied
 
 
@@ -17,7 +17,7 @@ def untied(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, int]:
     Its config says so too, and stock classes load it. The number says how many parameters there are more.
     """
     small = copied(model)
-    own = tensors_of(small)
+    own = named_tensors(small)
     added = 0
     for name in names:
         twins = [twin for twin, tensor in own.items() if tensor is own[name]]
@@ -39,7 +39,7 @@ def untied(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, int]:
 def _say(model: nn.Module) -> None:
     """Let the config, and what the model's class noted when it tied, be true."""
     config: Any = getattr(model, "config", None)
-    own = tensors_of(model)
+    own = named_tensors(model)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for each in (config, text):
         if getattr(each, "tie_word_embeddings", False):

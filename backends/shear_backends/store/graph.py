@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shear_backends.graph.module import ShearedGraph, graph_module, tensors_of
+from shear_backends.graph.module import ShearedGraph, graph_module, named_tensors
 from shear_backends.graph.record import GraphRecord
 from shear_backends.module.shear import skeleton_of
 from shear_backends.store.record_file import PLAN_FILE, RecordDocument, write_record
@@ -106,7 +106,7 @@ def load_graph(
 def _hollow(model: nn.Module) -> nn.Module:
     """``model`` with tensors on the CPU, where a graph notes the devices of what it makes; nothing is written to those
     that were not there, so they take no memory."""
-    away = {id(t): t for t in tensors_of(model).values() if t.device.type != "cpu"}
+    away = {id(t): t for t in named_tensors(model).values() if t.device.type != "cpu"}
     if not away:
         return model
     empty = {key: torch.empty_like(t, device="cpu") for key, t in away.items()}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shear_backends.graph.module import ShearedGraph, tensors_of
+from shear_backends.graph.module import ShearedGraph, named_tensors
 from shear_backends.module.adapters import require_lora
 from shear_backends.module.shear import RECORD, Record, skeleton_of
 from shear_backends.store.adapter import ADAPTERS, has_saved_adapters, with_adapters, write_adapters
@@ -83,7 +83,7 @@ def save(model: nn.Module, out: str | Path, *, source: str | Path | None = None,
     record: Record | None = vars(dense).get(RECORD)
     if record is None and not _is_pretrained(dense):
         raise SaveError("this model has not been sheared: save it as you would any other")
-    if any(t.is_meta for t in tensors_of(model).values()):
+    if any(t.is_meta for t in named_tensors(model).values()):
         raise SaveError("this model is on the meta device and has no weights to save")
     with written_whole(Path(out), force) as beside:
         _carry_from(source, beside)

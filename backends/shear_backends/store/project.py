@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.adapters import follow, require_lora, require_lora_config
 from shear_backends.module.shear import rescaled
 from shear_backends.store.adapter import write_adapter
@@ -104,7 +104,7 @@ def _adapted(adapter: Path, dense: nn.Module) -> tuple[Any, nn.Module]:
     made = copy.deepcopy(config)
     made.init_lora_weights = False
     memo: dict[int, Any] = {}
-    for tensor in tensors_of(dense).values():
+    for tensor in named_tensors(dense).values():
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
     with quiet(), failures(f"the adapter {adapter} does not fit its base model"), torch.device("meta"):
@@ -144,7 +144,7 @@ def _cut_shapes(dense: nn.Module, plan: Plan) -> dict[str, tuple[int, ...]]:
     """The shapes of the saved tensors of the sheared base."""
     shapes = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()}
     twins: dict[int, set[str]] = {}
-    for name, tensor in tensors_of(dense).items():
+    for name, tensor in named_tensors(dense).items():
         twins.setdefault(id(tensor), set()).add(name)
     for names in twins.values():
         cut = next((plan.kept[name] for name in names if name in plan.kept), {})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.shear import RECORD, Record, of_transformers
 from shear_backends.store.adapter import same_active, with_adapters
 from shear_backends.store.rebuild import exchanged_modules, hollow, rebuilt, shards
@@ -119,7 +119,7 @@ def _tell_today(
 ) -> None:
     """Write into the record which sizes are other ones than those that the cut left."""
     bare = hollow(folder, document, record, dense)
-    own, theirs = tensors_of(model), tensors_of(bare)
+    own, theirs = named_tensors(model), named_tensors(bare)
     for name in [n for n in theirs if n not in own]:
         raise SaveError(f"{name} is gone")
     for name in [n for n in own if n not in theirs]:
@@ -166,10 +166,10 @@ def _gap(model: nn.Module, again: nn.Module, feed: Inputs) -> tuple[float, float
     halves = (torch.bfloat16, torch.float16)
     found = []
     for each in (model, again):
-        if any(t.dtype in halves for t in tensors_of(each).values()):
+        if any(t.dtype in halves for t in named_tensors(each).values()):
             each = copy.deepcopy(each).float()
         each_feed = with_tensors(feed, lambda t: t.float() if t.dtype in halves else t)
-        where = next(iter(tensors_of(model).values())).device
+        where = next(iter(named_tensors(model).values())).device
         with evaluation(each), torch.no_grad():
             found.append(run(each.to(where), each_feed))
     scale = max([1.0, *(float(t.abs().max()) for t in found[0] if t.numel())])

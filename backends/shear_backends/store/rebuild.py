@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.rms_norms import exchange, rms_norms_of
-from shear_backends.module.shear import Recipe, Record, build, cut_by_id
+from shear_backends.module.shear import ModuleChanges, Record, build, cut_by_id
 from shear_backends.store.record_file import RECORD_FILE, RecordDocument
 from shear_backends.store.reread import cast, class_of, plain, read_tensors
 from shear_backends.verify.numbers import evaluation, run
@@ -57,7 +57,7 @@ def hollow(folder: Path, document: RecordDocument, record: Record, dense: nn.Mod
     dense = _with_rms_norms(folder, dense, record)
     _check(folder, dense, record)
     try:
-        recipe = Recipe(None, record.attributes, record.norms, record.gathers, record.fits)
+        recipe = ModuleChanges(None, record.attributes, record.norms, record.gathers, record.fits)
         small = build(dense, cut_by_id(dense, record.plan), recipe, record.plan.gone)
     except (IndexError, AttributeError, RuntimeError) as failure:
         raise PlanError(f"{folder} holds another model than {type(dense).__name__}: {failure}") from failure
@@ -160,7 +160,7 @@ def _submodule(folder: Path, dense: nn.Module, path: str, gone: Sequence[str]) -
 
 def _resize(folder: Path, small: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
     """Make room for tensors that were given another size after the cut, such as an embedding with more tokens."""
-    own = tensors_of(small)
+    own = named_tensors(small)
     for name, shape in shapes.items():
         if name not in own or len(shape) != own[name].dim() or any(not 0 < size <= _LARGEST for size in shape):
             raise LoadError(f"{folder / RECORD_FILE} gives {name} the shape {list(shape)}, which it cannot have")
@@ -184,19 +184,19 @@ def _fill(folder: Path, small: nn.Module, tensors: Mapping[str, Tensor]) -> None
     for names in shared:
         loaded = [name for name in names if name in tensors]
         if loaded and len(names) > 1:
-            _put(small, names, tensors_of(small)[loaded[0]])
+            _put(small, names, named_tensors(small)[loaded[0]])
     twins = {name: set(names) for names in shared for name in names}
     missing = [n for n in found.missing_keys if not twins.get(n, set()) & tensors.keys()]
     if missing or found.unexpected_keys:
         raise LoadError(f"{folder} does not fit its record: {(missing or found.unexpected_keys)[0]} is out of place")
-    if any(t.is_meta and not twins[n] & tensors.keys() for n, t in tensors_of(small).items()):
+    if any(t.is_meta and not twins[n] & tensors.keys() for n, t in named_tensors(small).items()):
         raise LoadError(f"{folder} lacks tensors of {type(small).__name__}")
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
     """The names of each tensor."""
     names: dict[int, list[str]] = {}
-    for name, tensor in tensors_of(model).items():
+    for name, tensor in named_tensors(model).items():
         names.setdefault(id(tensor), []).append(name)
     return list(names.values())
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 
 _HELD = 64 * 2**20
 """How many bytes of a file are read before its mapping is given back."""
@@ -73,10 +73,10 @@ def cast(model: nn.Module, kinds: Mapping[str, str]) -> None:
 
 def different_shapes(model: nn.Module, again: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes in ``model`` of those tensors that have another one in ``again``."""
-    theirs = tensors_of(again)
+    theirs = named_tensors(again)
     return {
         name: tuple(tensor.shape)
-        for name, tensor in tensors_of(model).items()
+        for name, tensor in named_tensors(model).items()
         if name in theirs and theirs[name].shape != tensor.shape
     }
 
@@ -87,7 +87,7 @@ def different_tensor(model: nn.Module, again: nn.Module, files: Mapping[Path, fr
     ``again`` may hold its parameters on the meta device where ``files`` hold their numbers under the same names.
     A computed buffer that one of them has alone is among the settings: what remains of layers that were taken out.
     """
-    mine, theirs = tensors_of(model), tensors_of(again)
+    mine, theirs = named_tensors(model), named_tensors(again)
     alone = mine.keys() ^ theirs.keys()
     for own, whose in ((mine, model), (theirs, again)):
         for name in alone.intersection(_never_saved(whose)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.never_routed import routing
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.feeds import tensors_in
@@ -65,7 +65,7 @@ class MaskedBlocks:
         masks_of(groups, block_cuts(self.cuts))
         units = groups.units(self.cuts)
         branches = {(node, place) for unit in units for block in unit.blocks for node, place in block.branches}
-        return graph_module(_silenced(program, branches), tensors_of(self.model))
+        return graph_module(_silenced(program, branches), named_tensors(self.model))
 
 
 def _silenced(program: Program, branches: set[tuple[fx.Node, int]]) -> Program:

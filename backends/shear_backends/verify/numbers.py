@@ -25,7 +25,7 @@ from shear_backends.verify.precision import unit_of
 from shear_backends.verify.sides import Nudge, Side, gone_of, without_divisions
 from shear_backends.verify.stored import recomputed
 from shear_backends.verify.structure import Structure
-from shear_backends.verify.tried import Trial, longer, past_guards, resized, run, trials
+from shear_backends.verify.tried import Question, longer, past_guards, resized, run, trials
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError, ShearError, UnsoundError
 from shear_ir.frontend.inputs import Inputs
@@ -149,7 +149,7 @@ class _Comparison:
             tuple(self.notes),
         )  # fmt: skip
 
-    def ask(self, trial: Trial) -> None:
+    def ask(self, trial: Question) -> None:
         """Compare what both say to one input; raises ``PlanError`` where the dense model says nothing."""
         try:
             expected = self._exact(self.reference, trial)
@@ -162,7 +162,7 @@ class _Comparison:
         self._compare(trial, expected)
         self._count(trial)
 
-    def ask_first(self, asked: Iterable[Trial]) -> bool:
+    def ask_first(self, asked: Iterable[Question]) -> bool:
         """Compare what both say to the first of these inputs that they take, if there is one."""
         before = len(self.notes)
         answered = any(map(self._answered, asked))
@@ -170,11 +170,11 @@ class _Comparison:
             del self.notes[before:]
         return answered
 
-    def _count(self, trial: Trial) -> None:
+    def _count(self, trial: Question) -> None:
         self.sizes.append(trial.size)
         self.feeds.append(trial.feed)
 
-    def _answered(self, trial: Trial) -> bool:
+    def _answered(self, trial: Question) -> bool:
         try:
             expected = self._exact(self.reference, trial)
             self._compare(trial, expected)
@@ -186,7 +186,7 @@ class _Comparison:
         self._count(trial)
         return True
 
-    def further(self, trial: Trial) -> None:
+    def further(self, trial: Question) -> None:
         """Compare what modules say to another way of asking, where the dense model itself stands by what it says."""
         blocks = self.reference.blocks is not None and trial.call is not run
         if isinstance(self.small.model, fx.GraphModule) or blocks:
@@ -197,7 +197,7 @@ class _Comparison:
         self._compare(trial, self._exact(self.reference, trial), own)
         self.notes.append(f"and {trial.name}")
 
-    def _own_gap(self, trial: Trial) -> float | None:
+    def _own_gap(self, trial: Question) -> float | None:
         """How far the dense model is from itself when it is asked so; None where it does not stand by what it says."""
         with torch.random.fork_rng([]):
             try:
@@ -210,7 +210,7 @@ class _Comparison:
         gap = difference(first, again)
         return gap if gap <= _SAME * largest(first) else None
 
-    def _compare(self, trial: Trial, expected: Sequence[Tensor], own: float = 0.0) -> None:
+    def _compare(self, trial: Question, expected: Sequence[Tensor], own: float = 0.0) -> None:
         place = trial.name if trial.further else f"inputs {trial.name}"
         try:
             found = self._found(trial)
@@ -233,13 +233,13 @@ class _Comparison:
         self.most = largest_of([self.most, *(gap.value for gap in gaps)])
         self.scale = max([self.scale, *(gap.scale for gap in gaps)])
 
-    def _found(self, trial: Trial, nudge: Nudge | None = None) -> tuple[Tensor, ...]:
+    def _found(self, trial: Question, nudge: Nudge | None = None) -> tuple[Tensor, ...]:
         return self.small.ask(trial.small or trial.call, trial.feed, torch.float64, nudge)
 
-    def _exact(self, side: Side, trial: Trial) -> tuple[Tensor, ...]:
+    def _exact(self, side: Side, trial: Question) -> tuple[Tensor, ...]:
         return side.ask(trial.call, trial.feed, torch.float64)
 
-    def _rounded(self, trial: Trial, expected: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], float]:
+    def _rounded(self, trial: Question, expected: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], float]:
         """The reference in the model's own precision, and its rounding; in float32 where that does not run."""
         for dtype, unit in ((None, self.unit), (torch.float32, unit_of(torch.float32))):
             try:
@@ -250,7 +250,7 @@ class _Comparison:
                 return found, unit
         return (), self.unit
 
-    def _refuse_chance(self, trial: Trial, first: Sequence[Tensor]) -> None:
+    def _refuse_chance(self, trial: Question, first: Sequence[Tensor]) -> None:
         """Raise ``UnsoundError`` where the model does not agree with itself, and so with nothing."""
         again = self._exact(self.dense, trial)
         gap = difference(first, again)

@@ -35,7 +35,7 @@ class Fill:
     value: float = 0.0
 
 
-Masks = Mapping[int, Sequence[Fill]]
+FillsByTensor = Mapping[int, Sequence[Fill]]
 """By the id of a tensor: what its removed entries read as."""
 
 
@@ -52,7 +52,7 @@ class InPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]  # its ba
         self,
         dtype: torch.dtype | None,
         model: nn.Module,
-        masks: Masks | None = None,
+        masks: FillsByTensor | None = None,
         values: Mapping[int, Tensor] | None = None,
         nudged: Mapping[int, float] | None = None,
     ) -> None:

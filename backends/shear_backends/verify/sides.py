@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from shear_backends.verify.masked_blocks import MaskedBlocks, block_cuts
 from shear_backends.verify.never_routed import routing_by, split
-from shear_backends.verify.precision import Fill, InPrecision, Masks, bare_copy
+from shear_backends.verify.precision import Fill, FillsByTensor, InPrecision, bare_copy
 from shear_ir.errors import PlanError
 from shear_ir.frontend.adapters import find_adapters
 from shear_ir.frontend.feeds import with_tensors
@@ -44,7 +44,7 @@ class Side:
     """
 
     model: nn.Module
-    masks: Masks = field(default_factory=dict)
+    masks: FillsByTensor = field(default_factory=dict)
     values: Mapping[int, Tensor] = field(default_factory=dict)
     matrices: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     blocks: MaskedBlocks | None = None

@@ -24,7 +24,7 @@ from shear_ir.program import Program, TensorType
 
 aten = torch.ops.aten
 
-Line = tuple[Any, ...]
+CallLine = tuple[Any, ...]
 """One call: the operator, its canonical arguments, and the types of its results."""
 
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_copy"}
@@ -46,7 +46,7 @@ class Canonical:
     ``unknown``: why nothing can be said of it, such as a call that runs Python code; empty else.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[CallLine, ...]
     unknown: str = ""
 
 
@@ -87,7 +87,7 @@ class _Writer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.names: dict[fx.Node, Any] = {}
-        self.lines: list[Line] = []
+        self.lines: list[CallLine] = []
         self.unknown = ""
         self.writes = any(_mutable(node) for node in program.nodes)
 
@@ -121,7 +121,7 @@ class _Writer:
             return ("@", param.name, param.type)
         return ("constant", *self._content(self.program.constants[param.name]))
 
-    def _content(self, tensor: Tensor) -> Line:
+    def _content(self, tensor: Tensor) -> CallLine:
         if tensor.is_meta:
             self.unknown = self.unknown or "it holds a constant whose values are not known"
             return ()
@@ -160,7 +160,7 @@ class _Writer:
         idle = name in _DROPOUTS and _idle(node)
         return source if copied or whole or idle else None
 
-    def _form(self, node: fx.Node, types: tuple[TensorType, ...]) -> Line:
+    def _form(self, node: fx.Node, types: tuple[TensorType, ...]) -> CallLine:
         name = _name(node)
         source = node.args[0] if node.args else None
         its = self.program.type(source) if isinstance(source, fx.Node) else None
@@ -181,7 +181,7 @@ class _Writer:
             return str(target), self._given(node, node_kwargs)
         return str(target), self._given(node, node.kwargs)
 
-    def _given(self, node: fx.Node, kwargs: Mapping[str, Any]) -> Line:
+    def _given(self, node: fx.Node, kwargs: Mapping[str, Any]) -> CallLine:
         """Every argument by its name, those left out at their defaults; devices and layouts are none of them."""
         target = node.target
         assert isinstance(target, torch._ops.OpOverload)
@@ -250,7 +250,7 @@ def _mutable(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _told(line: Line | None) -> str:
+def _told(line: CallLine | None) -> str:
     """A line for people: the operator and the literals that it was given, with its result."""
     if line is None:
         return "nothing"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shear_backends.verify import sizes
 from shear_backends.verify.sides import Call
 from shear_backends.verify.sizes import apart, numbers_of, prime
-from shear_ir.frontend.export import tensors_of
+from shear_ir.frontend.export import output_tensors
 from shear_ir.frontend.feeds import call, tensors_in, uncached, with_tensors
 from shear_ir.frontend.guards import size_guards
 from shear_ir.frontend.inputs import Inputs, as_inputs, device_of, example_inputs
@@ -27,7 +27,7 @@ _PRODUCTS = 2**33
 
 
 @dataclass(frozen=True)
-class Trial:
+class Question:
     """One question. ``small``: how the sheared model is asked, where that is another way than ``call``.
 
     ``further``: it is asked only where the dense model answers it as it should (with a cache, what it says without
@@ -48,10 +48,10 @@ class Trial:
 
 def run(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
     """The tensors a model predicts with, caches off."""
-    return tensors_of(call(model, feed, **uncached(model)))
+    return output_tensors(call(model, feed, **uncached(model)))
 
 
-def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
+def trials(model: nn.Module, inputs: Any, seed: int) -> list[Question]:
     """The questions for ``model``: with ``inputs``, or a list of them, or those that are made for it."""
     if inputs is not None:
         given = inputs if isinstance(inputs, list) else [inputs]
@@ -61,16 +61,16 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Trial]:
     return [*asked, *_otherwise(model, feed)]
 
 
-def _otherwise(model: nn.Module, feed: Inputs) -> Iterator[Trial]:
+def _otherwise(model: nn.Module, feed: Inputs) -> Iterator[Question]:
     """Other ways to ask."""
     text = feed.get(_text(feed))
     long = isinstance(text, Tensor) and text.dim() == 2 and text.shape[1] > 1
     if long and hasattr(getattr(model, "config", None), "use_cache"):
-        yield Trial("a step with a cache", feed, run, step_by_step, further=True)
-    yield Trial("training", feed, in_training, further=True)
+        yield Question("a step with a cache", feed, run, step_by_step, further=True)
+    yield Question("training", feed, in_training, further=True)
 
 
-def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Trial]:
+def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Question]:
     """Inputs past the whole numbers that the model and its config hold, the longest first, and as long as they are.
 
     One that counts positions, a window or a bucket shows itself only there. Other sizes than were ``tried``, and as far
@@ -84,7 +84,7 @@ def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> I
             yield trial
 
 
-def resized(model: nn.Module, inputs: Any) -> Iterator[Trial]:
+def resized(model: nn.Module, inputs: Any) -> Iterator[Question]:
     """``inputs`` of another batch and length, past the whole numbers of the model, and asked otherwise."""
     feed = _placed(model, as_inputs(model, inputs))
     yield from _otherwise(model, feed)
@@ -93,7 +93,7 @@ def resized(model: nn.Module, inputs: Any) -> Iterator[Trial]:
     yield from map(_asked, itertools.islice(sizes.longer(model, feed, _affordable(model)), 1))
 
 
-def past_guards(model: nn.Module, tried: Sequence[Inputs]) -> Iterator[tuple[str, list[Trial]]]:
+def past_guards(model: nn.Module, tried: Sequence[Inputs]) -> Iterator[tuple[str, list[Question]]]:
     """What forward asks of sizes and all inputs that were ``tried`` meet, each with inputs that do not meet it.
 
     Nothing where the model itself does not go on without it, as past its last position.
@@ -156,8 +156,8 @@ def _text(feed: Inputs) -> str:
     return next((name for name in ("decoder_input_ids", "input_ids") if name in feed), "")
 
 
-def _asked(feed: Inputs) -> Trial:
-    return Trial("x".join(map(str, next(iter(tensors_in(feed).values())).shape)), feed, run)
+def _asked(feed: Inputs) -> Question:
+    return Question("x".join(map(str, next(iter(tensors_in(feed).values())).shape)), feed, run)
 
 
 def _placed(model: nn.Module, feed: Inputs) -> Inputs:

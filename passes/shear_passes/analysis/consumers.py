@@ -14,7 +14,7 @@ from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.ops.registry import Vanish, wrap
-from shear_passes.ops.traits import Product, traits_of
+from shear_passes.ops.traits import WeightedProduct, traits_of
 
 Key = tuple[str, int]
 """A parameter and the dim of it that is summed over."""
@@ -134,7 +134,7 @@ def _reads(program: Program, axes: Axes) -> Iterator[tuple[fx.Node, Consumer]]:
             yield node, read
 
 
-def _forms(axes: Axes, node: fx.Node) -> list[Product]:
+def _forms(axes: Axes, node: fx.Node) -> list[WeightedProduct]:
     """The ways in which a call can be a weight times a value; one of its operands turns out to be the weight."""
     products = traits_of(node).products
     return [] if products is None else products(node, lambda operand: len(axes.dims(operand)))

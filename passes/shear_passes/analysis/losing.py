@@ -11,11 +11,11 @@ from torch import fx
 
 from shear_ir.axes import ONE, Axis, Dims, atoms
 from shear_passes.analysis.infer_axes import Axes
-from shear_passes.analysis.scores import Atoms, Scores, is_number
+from shear_passes.analysis.scores import Atoms, RouterScores, is_number
 from shear_passes.ops.registry import Need, Ranking, Vanish
 from shear_passes.ops.traits import Low, Sign, traits_of
 
-State = Mapping[str, Atoms]
+FactsByNode = Mapping[str, Atoms]
 """By node: the atoms at whose removed indices the value is as the state says."""
 
 _NONE: Atoms = frozenset()
@@ -29,12 +29,12 @@ class Losing:
     """
 
     axes: Axes
-    scores: Scores
-    zero: State
+    scores: RouterScores
+    zero: FactsByNode
     low: dict[str, Atoms]
     repeated: dict[str, Atoms]
-    aligned: Callable[[fx.Node, Mapping[Axis, int], State], Atoms]
-    moved: Callable[[fx.Node, Mapping[Axis, int], State], Atoms]
+    aligned: Callable[[fx.Node, Mapping[Axis, int], FactsByNode], Atoms]
+    moved: Callable[[fx.Node, Mapping[Axis, int], FactsByNode], Atoms]
 
     def see(self, node: fx.Node, out: Mapping[Axis, int]) -> None:
         """Note the states of a value; ``out``: in how many of its dims each atom is."""

@@ -79,7 +79,7 @@ class Writes:
         return any(first < at < last for at in self.at.get(self.home[value.name], ()))
 
 
-class Scores:
+class RouterScores:
     """Which parameters make the scores of the chosen axes, by one walk back from every choice."""
 
     def __init__(self, program: Program, axes: Axes, writes: Writes, freezes: Freezes) -> None:

@@ -24,12 +24,12 @@ from shear_passes.analysis.infer_axes import Axes, InferAxes
 from shear_passes.analysis.losing import Losing
 from shear_passes.analysis.poles import Poles
 from shear_passes.analysis.removed import Removed
-from shear_passes.analysis.scores import Choice, Scores, Writes
+from shear_passes.analysis.scores import Choice, RouterScores, Writes
 from shear_passes.ops.registry import Contraction, Vanish, op_name
 from shear_passes.ops.traits import traits_of
 
 Atoms = frozenset[Axis]
-Counts = dict[Axis, int]
+AtomCounts = dict[Axis, int]
 
 _NOTHING: Atoms = frozenset()
 
@@ -85,7 +85,7 @@ class _Walk:
         self.sharing: dict[str, list[str]] = {}
         self._distinct: dict[int, tuple[Axis, ...]] = {}
         self.freezes = Freezes()
-        self.scores = Scores(program, axes, self.writes, self.freezes)
+        self.scores = RouterScores(program, axes, self.writes, self.freezes)
         self.low: dict[str, Atoms] = {}
         self.losing = Losing(axes, self.scores, self.zero, self.low, {}, self._aligned_in, self._moved)
         removed = Removed(program, axes, self.writes, self.zero, self.low, self._counted_copies)
@@ -137,9 +137,9 @@ class _Walk:
             for name in self.sharing[self.home[written.name]] if lost else ():
                 state[name] -= lost
 
-    def carried(self, dims: Iterable[Dim]) -> Counts:
+    def carried(self, dims: Iterable[Dim]) -> AtomCounts:
         """How many of the dims each atom occurs in."""
-        total: Counts = {}
+        total: AtomCounts = {}
         for dim in dims:
             if id(dim) not in self._distinct:
                 self._distinct[id(dim)] = tuple(dict.fromkeys(atoms(dim)))
@@ -147,15 +147,15 @@ class _Walk:
                 total[atom] = total.get(atom, 0) + 1
         return total
 
-    def _out(self, node: fx.Node) -> Counts:
+    def _out(self, node: fx.Node) -> AtomCounts:
         """In how many dims of its results each atom is."""
-        out: Counts = {}
+        out: AtomCounts = {}
         for dims in self.axes.of_node.get(node.name, []):
             for atom, count in self.carried(dims).items():
                 out[atom] = max(count, out.get(atom, 0))
         return out
 
-    def _of(self, node: fx.Node, out: Counts) -> Atoms:
+    def _of(self, node: fx.Node, out: AtomCounts) -> Atoms:
         results = self.axes.of_node.get(node.name, [])
         if node.op == "placeholder":
             param = self.program.param(node)
@@ -178,7 +178,7 @@ class _Walk:
         made = [self._contracted(c, out) for c in self.by_call.get(node.name, ()) if not c.inner]
         return frozenset.intersection(*made) if made else _NOTHING
 
-    def _aligned(self, operand: fx.Node, out: Counts, free: Dims | None = None) -> Atoms:
+    def _aligned(self, operand: fx.Node, out: AtomCounts, free: Dims | None = None) -> Atoms:
         """The atoms that vanish in ``operand`` and whose dims in the result all come from it."""
         dims = self.axes.dims(operand) if free is None else free
         mine = self.carried(dims)
@@ -215,7 +215,7 @@ class _Walk:
         before, after = (Counter(a for dim in self.axes.dims(n) for a in atoms(dim)) for n in (source, node))
         return frozenset((after - before).keys())
 
-    def _first(self, node: fx.Node, out: Counts) -> Atoms:
+    def _first(self, node: fx.Node, out: AtomCounts) -> Atoms:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node):
             return _NOTHING
@@ -223,13 +223,13 @@ class _Walk:
             return _NOTHING
         return self._aligned(first, out)
 
-    def _all(self, node: fx.Node, out: Counts) -> Atoms:
+    def _all(self, node: fx.Node, out: AtomCounts) -> Atoms:
         if any(isinstance(a, int | float) and a != 0 for a in node.args):
             return _NOTHING
         sets = [self._aligned(o, out) for o in node.all_input_nodes]
         return frozenset.intersection(*sets) if sets else _NOTHING
 
-    def _contracted(self, made: Contraction, out: Counts) -> Atoms:
+    def _contracted(self, made: Contraction, out: AtomCounts) -> Atoms:
         found = frozenset[Axis]().union(*(self._aligned(o.node, out, o.free) for o in made.operands))
         for addend in made.added:
             found &= self._aligned(addend, out)

@@ -146,19 +146,19 @@ def parameters_of(program: Program, groups: Iterable[Group]) -> tuple[str, ...]:
     return tuple(n for n in names if program.params[n].kind == "parameter")
 
 
-def over_slices(program: Program, group: Group, along: Mapping[tuple[str, int], Score]) -> Score:
+def over_slices(program: Program, group: Group, sums_along: Mapping[tuple[str, int], Score]) -> Score:
     """The sum over the unit's slices, given each parameter's values along each dim; shape ``(size,)``.
 
     An index that two units share counts for both.
     """
     total = np.zeros(group.size)
     for piece in group.slices:
-        if program.params[piece.parameter].kind == "parameter" and (piece.parameter, piece.dim) in along:
-            total += reduced(piece.index_map, along[piece.parameter, piece.dim], group.size, "sum")
+        if program.params[piece.parameter].kind == "parameter" and (piece.parameter, piece.dim) in sums_along:
+            total += reduced(piece.index_map, sums_along[piece.parameter, piece.dim], group.size, "sum")
     return total
 
 
-def along(values: Tensor, dim: int) -> Score:
+def sums_along(values: Tensor, dim: int) -> Score:
     """The sum of ``values`` over all dims but one, in fp64; shape ``(size of the dim,)``."""
     others = [d for d in range(values.dim()) if d != dim]
     summed = values.sum(dim=others, dtype=torch.float64) if others else values.double()

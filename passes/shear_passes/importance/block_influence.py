@@ -17,7 +17,7 @@ from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance.base import Importance, Score, Scored, Scores, Statistic, candidates
 from shear_passes.importance.calibration import Calibration, Data, Observer
 
-Place = tuple[str, int]
+StreamPlace = tuple[str, int]
 """A group by name and a unit of it."""
 
 
@@ -31,7 +31,7 @@ class Ends:
 
 
 @dataclass(eq=False)
-class Turn:
+class StreamTurn:
     """The sum over ``count`` tokens of the cosine between the stream before and after a block.
 
     ``broken``: what modules showed was not this block alone.
@@ -48,7 +48,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class BlockStatistics(Statistic[Mapping[Place, Turn]]):
+class BlockStatistics(Statistic[Mapping[StreamPlace, StreamTurn]]):
     """By group and unit, for every unit of groups of blocks that modules show the ends of."""
 
     requires = (FindGroups, Data)
@@ -122,15 +122,15 @@ def _within(node: fx.Node, path: str) -> bool:
 class BlockObserver(Observer):
     """Hooks at both ends of blocks."""
 
-    def __init__(self, ends: Mapping[Place, Ends]) -> None:
+    def __init__(self, ends: Mapping[StreamPlace, Ends]) -> None:
         self.ends = ends
-        self.found = {place: Turn() for place in ends}
+        self.found = {place: StreamTurn() for place in ends}
 
     @contextmanager
     def attach(self, calibration: Calibration) -> Iterator[None]:
         with ExitStack() as hooks:
             for place, ends in self.ends.items():
-                watch = Watch(calibration, self.found[place], ends)
+                watch = StreamWatch(calibration, self.found[place], ends)
                 module = calibration.model.get_submodule(ends.entry)
                 hooks.callback(module.register_forward_pre_hook(watch.before, with_kwargs=True).remove)
                 for path in ends.branches or (ends.entry,):
@@ -138,16 +138,16 @@ class BlockObserver(Observer):
                     hooks.callback(after.register_forward_hook(watch.after).remove)
             yield
 
-    def finish(self) -> Mapping[Place, Turn]:
+    def finish(self) -> Mapping[StreamPlace, StreamTurn]:
         return self.found
 
 
 @dataclass(eq=False)
-class Watch:
+class StreamWatch:
     """Sees a block begin and end, once per forward pass."""
 
     calibration: Calibration
-    turn: Turn
+    turn: StreamTurn
     ends: Ends
     entry: Tensor | None = None
     added: list[Tensor] = field(default_factory=list)
@@ -211,6 +211,6 @@ class BlockInfluence(Importance):
         return Scored("block-influence", scores, reasons)
 
 
-def _seen(found: Mapping[Place, Turn], group: Group, unit: int) -> bool:
+def _seen(found: Mapping[StreamPlace, StreamTurn], group: Group, unit: int) -> bool:
     turn = found.get((group.name, unit))
     return turn is not None and turn.count > 0 and not turn.broken

@@ -17,10 +17,10 @@ from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance.base import Importance, Score, Scored, Scores, Statistic, candidates, parameters_of
-from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
+from shear_passes.importance.calibration import Calibration, CalibrationStep, Data, Observer, Portion
 from shear_passes.importance.substitution import Substitution
 
-Masks = npt.NDArray[np.bool_]
+UnitMasks = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class MaskLosses:
     """``masks``: which units stayed, shape ``(masks, units)``, groups one after another; ``losses``: ``(masks,)``."""
 
     groups: tuple[Group, ...]
-    masks: Masks
+    masks: UnitMasks
     losses: npt.NDArray[np.float64]
 
 
@@ -56,7 +56,7 @@ class MaskStatistics(Statistic[MaskLosses]):
         return _MaskObserver(program, groups, _drawn(groups, self), calibration)
 
 
-def _drawn(groups: Sequence[Group], asked: MaskStatistics) -> Masks:
+def _drawn(groups: Sequence[Group], asked: MaskStatistics) -> UnitMasks:
     draw = np.random.default_rng(asked.seed)
     parts = []
     for group in groups:
@@ -69,7 +69,7 @@ def _drawn(groups: Sequence[Group], asked: MaskStatistics) -> Masks:
 class _MaskObserver(Observer):
     needs_loss = True
 
-    def __init__(self, program: Program, groups: Sequence[Group], masks: Masks, calibration: Calibration) -> None:
+    def __init__(self, program: Program, groups: Sequence[Group], masks: UnitMasks, calibration: Calibration) -> None:
         self.program, self.groups, self.masks = program, tuple(groups), masks
         self.substitution = Substitution(calibration.model, program, parameters_of(program, groups))
         self.starts = dict(zip(groups, np.cumsum([0, *(g.size for g in groups)]).tolist(), strict=False))
@@ -89,7 +89,7 @@ class _MaskObserver(Observer):
     def attach(self, calibration: Calibration) -> Iterator[None]:
         yield
 
-    def after(self, step: Step) -> None:
+    def after(self, step: CalibrationStep) -> None:
         for number, mask in enumerate(self.masks):
             with self.substitution.using(lambda name, weight, mask=mask: self._masked(name, weight, mask)):  # type: ignore[misc]
                 self.losses[number] += step.weight * step.again()
@@ -144,7 +144,7 @@ class Bonsai(Importance):
         return MaskStatistics(self.masks, self.keep, self.kinds, self.seed)
 
 
-def coefficients(masks: Masks, losses: npt.NDArray[np.float64], ridge: float) -> Score:
+def coefficients(masks: UnitMasks, losses: npt.NDArray[np.float64], ridge: float) -> Score:
     """Of the ridge regression of ``losses`` on centred ``masks``, solved over masks, which are fewer than units."""
     x = masks - masks.mean(0)
     kernel = x @ x.T

@@ -21,7 +21,7 @@ from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 
-Loss = Callable[[Any, Inputs], Tensor]
+LossFunction = Callable[[Any, Inputs], Tensor]
 """The loss of one batch, given what the model returned and what it was fed: a scalar, the mean over what counts."""
 
 Progress = Callable[[int, int | None], None]
@@ -52,7 +52,7 @@ class Observer:
         """Hooks that watch; they come off at the end."""
         return nullcontext()
 
-    def after(self, step: Step) -> None:
+    def after(self, step: CalibrationStep) -> None:
         """Called after each batch."""
 
     def finish(self) -> Any:
@@ -75,7 +75,7 @@ class Calibration:
 
     model: nn.Module
     batches: Iterable[Any]
-    loss: Loss | None = None
+    loss: LossFunction | None = None
     progress: Progress | None = None
     watching: bool = field(default=True, init=False)
     takers: dict[nn.Parameter, list[Callable[[Tensor], None]]] = field(default_factory=dict, init=False)
@@ -153,7 +153,7 @@ class Calibration:
         backward = loses and any(o.backward for o in observers)
         self.masks = _masks(self.model, feed)
         self.rows = _rows(feed)
-        step = Step(self, feed)
+        step = CalibrationStep(self, feed)
         with torch.set_grad_enabled(backward):
             if backward or (loses and any(o.needs_loss for o in observers)):
                 step.loss = loss_of(self.model, feed, self.loss)
@@ -174,7 +174,7 @@ class Calibration:
 
 
 @dataclass(eq=False)
-class Step:
+class CalibrationStep:
     """One batch while its observers look at it: what was fed and what it lost."""
 
     calibration: Calibration
@@ -258,7 +258,7 @@ def _headless(model: nn.Module) -> Iterator[bool]:
         del vars(head)["forward"]
 
 
-def loss_of(model: nn.Module, feed: Inputs, loss: Loss | None = None) -> Tensor:
+def loss_of(model: nn.Module, feed: Inputs, loss: LossFunction | None = None) -> Tensor:
     """The mean loss of one batch, a scalar; raises ``PlanError`` when the model does not say what it loses."""
     labels = _labels(model, feed)
     if loss is None and labels is not None:

@@ -15,7 +15,7 @@ from shear_ir.manager import AnalysisManager
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.importance.base import Statistic, candidates, parameters_of
-from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
+from shear_passes.importance.calibration import Calibration, CalibrationStep, Data, Observer, Portion
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class GradientObserver(Observer):
         if self.wants_squares:
             _add(self.squares, name, grad.square() * calibration.weight)
 
-    def after(self, step: Step) -> None:
+    def after(self, step: CalibrationStep) -> None:
         """Counts what counts."""
         self.weight += step.weight
 

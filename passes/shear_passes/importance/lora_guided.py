@@ -24,12 +24,12 @@ from shear_passes.importance.base import (
     Scored,
     Scores,
     Statistic,
-    along,
     candidates,
     over_slices,
     parameters_of,
+    sums_along,
 )
-from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
+from shear_passes.importance.calibration import Calibration, CalibrationStep, Data, Observer, Portion
 from shear_passes.importance.gradients import trainable
 
 
@@ -140,14 +140,14 @@ class _AdapterObserver(Observer):
         b = torch.zeros(out, self.asked.rank, device=weight.device)
         return _Branch(consumer.parameter, weight, nn.Parameter(a), nn.Parameter(b), 1.0, consumer.dim == 0)
 
-    def after(self, step: Step) -> None:
+    def after(self, step: CalibrationStep) -> None:
         keep = self.asked.decay
         for branch in self.branches:
             element = branch.saliency()
             branch.grads.clear()
             for dim in self.dims[branch.name]:
                 place = (branch.name, dim)
-                self.average[place] = keep * self.average.get(place, 0.0) + (1 - keep) * along(element, dim)
+                self.average[place] = keep * self.average.get(place, 0.0) + (1 - keep) * sums_along(element, dim)
 
     def finish(self) -> Mapping[tuple[str, int], Score]:
         return self.average

@@ -22,13 +22,13 @@ from shear_passes.importance.base import (
     Scored,
     Scores,
     Statistic,
-    along,
     candidates,
     over_slices,
     parameters_of,
+    sums_along,
     weights_of,
 )
-from shear_passes.importance.calibration import Calibration, Data, Observer, Portion, Step
+from shear_passes.importance.calibration import Calibration, CalibrationStep, Data, Observer, Portion
 from shear_passes.importance.statistics import ReadStatistics
 from shear_passes.importance.substitution import Substitution
 
@@ -96,13 +96,13 @@ class _ForwardObserver(Observer):
     def attach(self, calibration: Calibration) -> Iterator[None]:
         yield
 
-    def after(self, step: Step) -> None:
+    def after(self, step: CalibrationStep) -> None:
         for _ in range(self.asked.directions):
             ahead, behind = (self._moved(step, sign * self.asked.epsilon) for sign in (1, -1))
             self.found.slopes.append((ahead - behind) / (2 * self.asked.epsilon))
             self.found.weights.append(step.weight)
 
-    def _moved(self, step: Step, by: float) -> float:
+    def _moved(self, step: CalibrationStep, by: float) -> float:
         number = len(self.found.slopes)
 
         def change(name: str, weight: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class MiniLlm(Importance):
             norms = seen[consumer].squares.sqrt().to(weight)
             element = (weight * forward.gradient(name, weight)).abs() * consumer.spread(norms, weight)
             for dim in dims[name]:
-                sums[name, dim] = sums.get((name, dim), 0.0) + along(element, dim)
+                sums[name, dim] = sums.get((name, dim), 0.0) + sums_along(element, dim)
         return Scored("mini-llm", *_scored(program, groups, sums))
 
     def _forward(self) -> ForwardGradientStatistics:

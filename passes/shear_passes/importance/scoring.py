@@ -12,15 +12,15 @@ from shear_ir.errors import PlanError
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.program import Program
 from shear_passes.importance.base import Importance, Statistic, collect
-from shear_passes.importance.calibration import Calibration, Data, Loss, Progress
+from shear_passes.importance.calibration import Calibration, Data, LossFunction, Progress
 from shear_passes.importance.custom import Function, as_criterion
 from shear_passes.importance.names import blind_costs, criterion, default
 
-Wanted = str | Importance | type[Importance] | Function
+CriterionLike = str | Importance | type[Importance] | Function
 """A criterion by name, as an object, as a class, or as a function of a group and what is known of it."""
 
 
-def chosen(wanted: Wanted | None, program: Program, data: Any, seed: int = 0) -> Importance:
+def chosen(wanted: CriterionLike | None, program: Program, data: Any, seed: int = 0) -> Importance:
     """The criterion that is wanted, or the default; warns where that is magnitude and the model reads tokens.
 
     Raises ``PlanError`` for a criterion that there is not.
@@ -40,7 +40,7 @@ def prepared(
     weights: Mapping[str, Tensor] | None,
     model: nn.Module | None,
     data: Iterable[Any] | None,
-    loss: Loss | None = None,
+    loss: LossFunction | None = None,
     progress: Progress | None = None,
     without: tuple[type[Analysis[Any]], ...] = (),
 ) -> AnalysisManager:

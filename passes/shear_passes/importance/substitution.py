@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shear_ir.errors import PlanError
 from shear_ir.program import Program
 
-Change = Callable[[str, Tensor], Tensor]
+TensorChange = Callable[[str, Tensor], Tensor]
 """From a parameter's name in the program and its values to other values of the same shape."""
 
 
@@ -34,7 +34,7 @@ class Substitution:
                     self.owned.setdefault(module, {})[name] = tensor
 
     @contextmanager
-    def using(self, change: Change) -> Iterator[None]:
+    def using(self, change: TensorChange) -> Iterator[None]:
         """Every module that runs in here sees its parameters changed."""
         with ExitStack() as hooks:
             for module, owned in self.owned.items():
@@ -50,7 +50,7 @@ class Substitution:
             raise PlanError(f"{min(self.unused)} is read by no call of its own module, so it cannot be varied there")
 
     def _hooks(
-        self, owned: Mapping[str, nn.Parameter], saved: dict[str, Tensor], change: Change
+        self, owned: Mapping[str, nn.Parameter], saved: dict[str, Tensor], change: TensorChange
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(module: nn.Module, args: Any) -> None:
             for name, tensor in owned.items():

@@ -17,10 +17,10 @@ from shear_passes.importance.base import (
     Score,
     Scores,
     Statistic,
-    along,
     candidates,
     over_slices,
     parameters_of,
+    sums_along,
     weights_of,
 )
 from shear_passes.importance.gradients import Gradients, GradientStatistics
@@ -57,7 +57,7 @@ class Taylor(Importance):
         sums: dict[tuple[str, int], Score] = {}
         for name, places in dims.items():
             element = self._element(name, weights[name].detach().float(), gradients)
-            sums |= {(name, dim): along(element if self.vector else element.abs(), dim) for dim in places}
+            sums |= {(name, dim): sums_along(element if self.vector else element.abs(), dim) for dim in places}
         return {g: np.abs(over_slices(program, g, sums)) for g in groups}
 
     def _statistic(self) -> GradientStatistics:

@@ -10,7 +10,7 @@ import torch
 from shear_ir.axes import Dims, axis, product
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Site, resize, rule
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def attention(
 
 
 @resize(aten.scaled_dot_product_attention.default)
-def resize_attention(change: Change) -> None:
+def resize_attention(change: Resizing) -> None:
     """The implicit scale 1/sqrt(d) depends on head_dim: it becomes explicit, with the width it was trained at."""
     width = change.dims(0)[-1]
     if change.changed(width) and change.node.kwargs.get("scale") is None:

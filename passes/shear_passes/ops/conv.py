@@ -11,8 +11,8 @@ from torch import fx
 from shear_ir.axes import Dim, Dims, axis, product
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule
-from shear_passes.ops.resizing import Change
-from shear_passes.ops.traits import Product, Role, traits
+from shear_passes.ops.resizing import Resizing
+from shear_passes.ops.traits import Role, WeightedProduct, traits
 
 aten = torch.ops.aten
 
@@ -23,19 +23,19 @@ _CONV = (
 _TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
-def _products(turned: Callable[[fx.Node], bool], place: int) -> Callable[..., list[Product]]:
+def _products(turned: Callable[[fx.Node], bool], place: int) -> Callable[..., list[WeightedProduct]]:
     """The weight is argument 1; argument ``place`` says in how many groups its channels are.
 
     A transposed convolution stores the channels that it reads whole, in groups or not.
     """
 
-    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[WeightedProduct]:
         weight = node.args[1]
         groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
         if not isinstance(weight, fx.Node) or not isinstance(groups, int) or rank(weight) < 3:
             return []
         dims = (0, 1) if turned(node) else (1, groups)
-        return [Product(0, 1, 1 - rank(weight), *dims)]
+        return [WeightedProduct(0, 1, 1 - rank(weight), *dims)]
 
     return products
 
@@ -105,7 +105,7 @@ def _conv(site: Site, x: Dims, channels: Dim, over: Dim, weight: Dims, bias: Dim
 
 
 @resize(*_CONV, *_TRANSPOSED, aten.convolution.default)
-def resize_conv(change: Change) -> None:
+def resize_conv(change: Resizing) -> None:
     """The number of groups is the channels that come in over the channels that one group reads."""
     general = change.node.target is aten.convolution.default
     place = 8 if general else 6

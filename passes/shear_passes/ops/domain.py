@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from shear_passes.ops.ranges import ANY, Known, Range, value
+from shear_passes.ops.ranges import ANY, KnownRanges, Range, value
 from shear_passes.ops.traits import traits_of
 
 _LEAST = 1e-300
@@ -28,7 +28,7 @@ def conditional(node: fx.Node) -> tuple[fx.Node, ...]:
     return tuple(_nodes(node.args if place is None else [node.args[place]]))
 
 
-def has_value(node: fx.Node, known: Known) -> bool:
+def has_value(node: fx.Node, known: KnownRanges) -> bool:
     """Whether an elementwise call has one for all numbers in the ranges of its operands."""
     row = traits_of(node)
     if row.divisor is not None:
@@ -62,14 +62,14 @@ def _exponent(node: fx.Node) -> int | None:
     return int(power) if isinstance(power, int | float) and power >= 0 and power == int(power) else None
 
 
-def _power_has_value(node: fx.Node, known: Known) -> bool:
+def _power_has_value(node: fx.Node, known: KnownRanges) -> bool:
     base, power = (known[a] if isinstance(a, fx.Node) else _number(a) for a in node.args)
     if power.single and power.low % 1 == 0:
         return power.low >= 0 or not base.zero
     return base.positive or (base.low >= 0 and power.low >= 0)
 
 
-def bounds(node: fx.Node, known: Known) -> Range:
+def bounds(node: fx.Node, known: KnownRanges) -> Range:
     """The range of an elementwise call; anything, where that is not known."""
     if all(known[operand].single for operand in node.all_input_nodes):
         made = value(node, {operand: known[operand].low for operand in node.all_input_nodes})

@@ -23,7 +23,7 @@ LAWS: dict[str, Vanish] = {}
 UNTAGGED: set[str] = set()
 
 
-class Zeros(Enum):
+class ZeroPlace(Enum):
     """Where a function that never falls is zero."""
 
     AT_ZERO = "at zero"
@@ -39,7 +39,7 @@ def row(names: str, law: Vanish = Vanish.NEVER, *, untagged: bool = False, **kno
     traits(names, **known)
 
 
-def grows(zeros: Zeros = Zeros.SOMEWHERE) -> Bounds:
+def grows(zeros: ZeroPlace = ZeroPlace.SOMEWHERE) -> Bounds:
     """Of functions of their first operand that never fall, with numbers for the rest."""
 
     def bounds(node: fx.Node, sides: Sequence[Range]) -> Range:
@@ -47,7 +47,7 @@ def grows(zeros: Zeros = Zeros.SOMEWHERE) -> Bounds:
         if not isinstance(first, fx.Node) or len(node.all_input_nodes) != 1:
             return ANY
         low, high = (value(node, {first: end}) for end in (x.low, x.high))
-        return ordered(low, high, x.zero if zeros is Zeros.AT_ZERO else zeros is Zeros.SOMEWHERE)
+        return ordered(low, high, x.zero if zeros is ZeroPlace.AT_ZERO else zeros is ZeroPlace.SOMEWHERE)
 
     return bounds
 
@@ -91,8 +91,8 @@ def _raised(base: float, exponent: float) -> float:
 
 
 ANY_OF, ALL, FIRST, NEVER = Vanish.ANY, Vanish.ALL, Vanish.FIRST, Vanish.NEVER
-SAME = grows(Zeros.AT_ZERO)
-NO_ZERO = grows(Zeros.NOWHERE)
+SAME = grows(ZeroPlace.AT_ZERO)
+NO_ZERO = grows(ZeroPlace.NOWHERE)
 
 # Sums: zero where every operand is.
 row("add", ALL, total=True, bounds=weighted(lambda a, b: a + b), low=Low.SUM, sign=Sign.BOTH, role=Role.SUM)

@@ -10,7 +10,7 @@ import torch
 from shear_ir.axes import ONE, Dim, Dims, axis, product
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ def expand(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
 
 
 @resize(aten.expand.default, aten.broadcast_to.default)
-def resize_expand(change: Change) -> None:
+def resize_expand(change: Resizing) -> None:
     """Sizes follow the dims of the result."""
     change.sizes(1)
 
@@ -72,7 +72,7 @@ def repeat(site: Site, x: Dims, repeats: Sequence[int]) -> Dims:
 
 
 @resize(aten.repeat.default, aten.tile.default)
-def resize_repeat(change: Change) -> None:
+def resize_repeat(change: Resizing) -> None:
     """The number of copies is the size of the result over the size of what is repeated."""
     x, out = change.dims(0), change.out
     new = len(out) - len(x)
@@ -96,7 +96,7 @@ def repeat_interleave(site: Site, x: Dims, repeats: int, dim: int | None = None,
 
 
 @resize(aten.repeat_interleave.self_int)
-def resize_repeat_interleave(change: Change) -> None:
+def resize_repeat_interleave(change: Resizing) -> None:
     """As for repeat."""
     x = change.dims(0)
     place = wrap(change.node.args[2] if len(change.node.args) > 2 else 0, len(x))  # type: ignore[arg-type]

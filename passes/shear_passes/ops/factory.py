@@ -9,7 +9,7 @@ import torch
 
 from shear_ir.axes import Dims
 from shear_passes.ops.registry import Site, Vanish, resize, rule
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ def fill(site: Site, *_: Any, **__: Any) -> Dims:
 
 
 @resize(*_FILLS)
-def resize_fill(change: Change) -> None:
+def resize_fill(change: Resizing) -> None:
     """Sizes follow the dims of the result."""
     change.sizes(0)
 
@@ -45,7 +45,7 @@ def new_fill(site: Site, x: Dims, *_: Any, **__: Any) -> Dims:
 
 
 @resize(*_NEW)
-def resize_new_fill(change: Change) -> None:
+def resize_new_fill(change: Resizing) -> None:
     """Sizes follow the dims of the result."""
     change.sizes(1)
 
@@ -75,7 +75,7 @@ def sequence(site: Site, *_: Any, **__: Any) -> Dims:
 
 
 @resize(aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default)
-def resize_sequence(change: Change) -> None:
+def resize_sequence(change: Resizing) -> None:
     """The sequence is made at its old size and the kept entries are taken from it."""
     if change.changed(change.out[0]):
         change.take(0)

@@ -15,7 +15,7 @@ from torch import fx
 from shear_ir.axes import ONE, Dim, Dims, axis, concat
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
@@ -177,7 +177,7 @@ def one_hot(site: Site, x: Dims, *_: Any) -> Dims:
 
 
 @resize(aten.one_hot.default)
-def resize_one_hot(change: Change) -> None:
+def resize_one_hot(change: Resizing) -> None:
     """As many classes as there are."""
     if change.changed(change.out[-1]):
         change.set(1, change.size(change.out[-1]))
@@ -203,7 +203,7 @@ def _a_bin_each(site: Site, size: int, args: Sequence[Any], options: dict[str, A
 
 
 @resize(aten.histc.default)
-def resize_histogram(change: Change) -> None:
+def resize_histogram(change: Resizing) -> None:
     """As many bins as there are numbers."""
     if change.changed(change.out[0]):
         change.set(1, change.size(change.out[0]))
@@ -211,7 +211,7 @@ def resize_histogram(change: Change) -> None:
 
 
 @resize(aten.bincount.default)
-def resize_bincount(change: Change) -> None:
+def resize_bincount(change: Resizing) -> None:
     """As many bins as there are numbers."""
     if change.changed(change.out[0]):
         change.set(2, change.size(change.out[0]))

@@ -11,22 +11,22 @@ from torch import fx
 from shear_ir.axes import Dim, Dims
 from shear_passes.ops.pointwise import broadcast
 from shear_passes.ops.registry import Need, Results, Site, rule, wrap
-from shear_passes.ops.traits import Product, Role, traits
+from shear_passes.ops.traits import Role, WeightedProduct, traits
 
 aten = torch.ops.aten
 
 
-def _of_linear(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+def _of_linear(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[WeightedProduct]:
     """Features stand last in the value and in the weight, which may be stored turned."""
-    return [Product(0, 1, -1, -2 if node.kwargs.get("transposed") else -1)]
+    return [WeightedProduct(0, 1, -1, -2 if node.kwargs.get("transposed") else -1)]
 
 
-def _of_matrices(a: int, b: int) -> Callable[[fx.Node, Callable[[fx.Node], int]], list[Product]]:
+def _of_matrices(a: int, b: int) -> Callable[[fx.Node, Callable[[fx.Node], int]], list[WeightedProduct]]:
     """Either side of a product of matrices may be the weight."""
 
-    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[Product]:
+    def products(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[WeightedProduct]:
         both = all(isinstance(o := node.args[p], fx.Node) and rank(o) > 1 for p in (a, b))
-        return [Product(a, b, -1, -2), Product(b, a, -2, -1)] if both else []
+        return [WeightedProduct(a, b, -1, -2), WeightedProduct(b, a, -2, -1)] if both else []
 
     return products
 
@@ -39,7 +39,7 @@ traits("mm matmul", products=_of_matrices(0, 1), scores=True)
 traits("bmm", products=_of_matrices(0, 1))
 traits("addmm", products=_of_matrices(1, 2), scores=True)
 traits("baddbmm", products=_of_matrices(1, 2))
-traits("grouped_mm transformers.grouped_mm_fallback", products=lambda node, rank: [Product(0, 1, -1, -2)])
+traits("grouped_mm transformers.grouped_mm_fallback", products=lambda node, rank: [WeightedProduct(0, 1, -1, -2)])
 
 
 @rule(aten.linear.default)

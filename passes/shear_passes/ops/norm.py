@@ -10,7 +10,7 @@ from torch import fx
 
 from shear_ir.axes import Dims, axis, product, resolve
 from shear_passes.ops.registry import Need, Results, Site, Vanish, resize, rule
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ def rms_norm(site: Site, x: Dims, shape: list[int], weight: Dims | None = None, 
 
 
 @resize(aten.rms_norm.default)
-def resize_rms_norm(change: Change) -> None:
+def resize_rms_norm(change: Resizing) -> None:
     """``sqrt(d/d') * norm(x; eps * d/d')`` over the d' kept channels is the norm over all d, the others zero."""
     dims = change.dims(0)[-len(change.node.args[1]) :]  # type: ignore[arg-type]
     factor = math.prod(d.size for d in dims) / math.prod(change.size(d) for d in dims)
@@ -83,7 +83,7 @@ def group_norm(site: Site, x: Dims, groups: int, weight: Dims | None = None, bia
 
 
 @resize(aten.group_norm.default)
-def resize_group_norm(change: Change) -> None:
+def resize_group_norm(change: Resizing) -> None:
     """The number of groups follows the channels; their size never changes."""
     channels = change.dims(0)[1]
     if change.changed(channels):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-Known = Mapping[fx.Node, "Range"]
+KnownRanges = Mapping[fx.Node, "Range"]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from shear_ir.axes import ONE, Dim, Dims, axis
 from shear_passes.ops.registry import Need, Results, Site, Vanish, resize, rule, wrap
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import Low, Reduces, Sign, traits
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ def mean(site: Site, x: Dims, dims: Any = None, keepdim: bool = False, **_: Any)
 
 
 @resize(aten.mean.default, aten.mean.dim)
-def resize_mean(change: Change) -> None:
+def resize_mean(change: Resizing) -> None:
     """The mean over kept indices, scaled to be the mean over kept and zeroed ones."""
     x = change.dims(0)
     places = _places(x, change.node.args[1] if len(change.node.args) > 1 else None)

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 @dataclass
-class Change:
+class Resizing:
     """One call of the new graph whose constants may need to follow.
 
     ``node``: the call, already copied. ``outs``: the dims of its results before the cut. ``size``: the size of a dim

@@ -9,7 +9,7 @@ import torch
 
 from shear_ir.axes import ONE, Concat, Dim, Dims, axis, concat, product, split
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import traits
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ def _frozen_part(site: Site, x: Dims, place: int, reason: str) -> Dims:
 
 
 @resize(aten.slice.Tensor)
-def resize_slice(change: Change) -> None:
+def resize_slice(change: Resizing) -> None:
     """Bounds move with the parts that lie before them; a stride does not change."""
     args = change.node.args
     place = wrap(args[1] if len(args) > 1 else 0, len(change.out))  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def resize_slice(change: Change) -> None:
 
 
 @resize(aten.narrow.default)
-def resize_narrow(change: Change) -> None:
+def resize_narrow(change: Resizing) -> None:
     """As for slice, with a length in place of an end."""
     _, dim, start, _ = change.node.args
     place = wrap(dim, len(change.out))  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def select(site: Site, x: Dims, dim: int, index: Any) -> Dims:
 
 
 @resize(aten.select.int)
-def resize_select(change: Change) -> None:
+def resize_select(change: Resizing) -> None:
     """The index moves with what lies before it."""
     _, dim, index = change.node.args
     whole = change.dims(0)[wrap(dim, len(change.dims(0)))]  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def chunk(site: Site, x: Dims, _: Any, dim: int = 0) -> Results:
     aten.tensor_split.sections, aten.tensor_split.indices, aten.unsafe_chunk.default, aten.unsafe_split.Tensor,
     aten.unsafe_split_with_sizes.default,
 )  # fmt: skip
-def resize_chunk(change: Change) -> None:
+def resize_chunk(change: Resizing) -> None:
     """Parts may end up of unlike sizes, so every way to split becomes a split by sizes."""
     dim = change.node.args[2] if len(change.node.args) > 2 else change.node.kwargs.get("dim", 0)
     place = wrap(dim, len(change.dims(0)))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import fx
 
 from shear_ir.axes import ONE, Dims, axis, concat, product
 from shear_passes.ops.registry import Results, Site, Vanish, resize, rule, wrap
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.ops.traits import Asks, Layout, traits
 
 aten = torch.ops.aten
@@ -61,13 +61,13 @@ def view_as(site: Site, x: Dims, other: Dims) -> Dims:
 
 
 @resize(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-def resize_view(change: Change) -> None:
+def resize_view(change: Resizing) -> None:
     """Sizes follow the dims of the result; a size of -1 or one computed from the input stays as it is."""
     change.sizes(1)
 
 
 @resize(aten.unflatten.int)
-def resize_unflatten(change: Change) -> None:
+def resize_unflatten(change: Resizing) -> None:
     """As a view, for the dims that one dim was unfolded into."""
     start = wrap(change.node.args[1], len(change.dims(0)))  # type: ignore[arg-type]
     change.sizes(2, first=start)
@@ -130,7 +130,7 @@ def _squeezed(x: Dims, dim: int | Sequence[int] | None) -> list[int]:
 
 
 @resize(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def resize_squeeze(change: Change) -> None:
+def resize_squeeze(change: Resizing) -> None:
     """A longer dim does not go out once it has one index left."""
     source, *dim = change.node.args
     gone = _squeezed(change.dims(0), dim[0] if dim else None)  # type: ignore[arg-type]

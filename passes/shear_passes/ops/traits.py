@@ -107,7 +107,7 @@ class Role(Enum):
 
 
 @dataclass(frozen=True)
-class Product:
+class WeightedProduct:
     """Which argument of a product is which: the places of value and weight, their dims that are summed over.
 
     ``groups``: in how many the channels of a convolution are.
@@ -184,7 +184,7 @@ class Traits:
     layout: Layout = Layout.OWN
 
     # What it does with parameters.
-    products: Callable[[fx.Node, Callable[[fx.Node], int]], list[Product]] | None = None
+    products: Callable[[fx.Node, Callable[[fx.Node], int]], list[WeightedProduct]] | None = None
     """The ways in which a call may be a weight times a value, given the number of dims of its operands."""
     factors: tuple[int, int] | None = None
     """The places of its two matrices, of those products that every linear map comes down to when it runs."""

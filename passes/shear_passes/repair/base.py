@@ -24,7 +24,7 @@ from shear_passes.rewrite.cuts import Selection, checked_masks
 
 
 @dataclass(frozen=True, eq=False)
-class Loss:
+class LostFeatures:
     """A consumer that loses features. ``stays``: which features are kept, shape ``(features,)``; ``bias``: the name of
     the parameter that is added to its product, empty for none."""
 
@@ -69,7 +69,9 @@ class Repair(Rewrite):
         """The tensors that change, of the shapes they have."""
 
 
-def losses(groups: Groups, plan: Plan, consumers: Consumers, statistics: CalibrationStatistics) -> Iterator[Loss]:
+def losses(
+    groups: Groups, plan: Plan, consumers: Consumers, statistics: CalibrationStatistics
+) -> Iterator[LostFeatures]:
     """The consumers that lose features and keep some, in graph order.
 
     Convolutions in groups are left out, since an output reads only its own channels; so are stacked experts, whose
@@ -82,7 +84,7 @@ def losses(groups: Groups, plan: Plan, consumers: Consumers, statistics: Calibra
             continue
         stays = torch.from_numpy(mask(consumer.features, masks))
         if consumer in statistics and bool(stays.any()):
-            yield Loss(consumer, stays, statistics[consumer], biases.get(consumer.parameter, ""))
+            yield LostFeatures(consumer, stays, statistics[consumer], biases.get(consumer.parameter, ""))
 
 
 def losing(groups: Groups, plan: Plan, consumers: Consumers, limit: int) -> Iterator[tuple[str, ...]]:

@@ -51,7 +51,7 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
-class Read:
+class StreamRead:
     """A product with the result of ``norm``: ``weight`` is summed over its ``dim``; ``module`` makes the product."""
 
     module: str
@@ -68,7 +68,7 @@ class Stream:
     size: int
     norms: dict[fx.Node, LayerNorm] = field(default_factory=dict)
     writes: dict[str, set[int]] = field(default_factory=dict)
-    reads: dict[fx.Node, Read] = field(default_factory=dict)
+    reads: dict[fx.Node, StreamRead] = field(default_factory=dict)
 
     def tied(self, params: Mapping[str, Param]) -> tuple[str, ...]:
         """Parameters that both write to the stream and read a norm of it, along one dim: they have to be untied."""
@@ -228,7 +228,7 @@ class _Walk:
             assert own is not None
             dim = 1 - dim if turned else dim
             shift = None if bias is None or bias >= len(user.args) else self._own(user.args[bias], user)
-            self.stream.reads[user] = Read(module_path(user), own, dim, shift, norm)
+            self.stream.reads[user] = StreamRead(module_path(user), own, dim, shift, norm)
 
     def _require_own(self) -> None:
         """Raise ``PlanError`` where a parameter is used in a way that is not known, or by norms unlike each other."""

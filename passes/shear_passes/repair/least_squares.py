@@ -15,7 +15,7 @@ from shear_ir.plans import Plan
 from shear_passes.analysis.consumers import Consumers, FindConsumers
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
-from shear_passes.repair.base import Loss, Repair, losses
+from shear_passes.repair.base import LostFeatures, Repair, losses
 from shear_passes.rewrite.cuts import Selection
 
 
@@ -71,7 +71,7 @@ def _regression(moments: Moments, stays: Tensor, ridge: float, centred: bool) ->
     return solution, mean[~stays] - mean[stays] @ solution
 
 
-def _folded(weights: Mapping[str, Tensor], loss: Loss, solution: Tensor, rest: Tensor) -> dict[str, Tensor]:
+def _folded(weights: Mapping[str, Tensor], loss: LostFeatures, solution: Tensor, rest: Tensor) -> dict[str, Tensor]:
     consumer = loss.consumer
     old = weights[consumer.parameter].detach()
     turned = old.movedim(consumer.dim, -1).double()

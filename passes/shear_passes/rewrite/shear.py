@@ -18,7 +18,7 @@ from shear_ir.program import Param, Program, TensorType
 from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.ops.registry import entry_of
-from shear_passes.ops.resizing import Change
+from shear_passes.ops.resizing import Resizing
 from shear_passes.rewrite.cuts import Selection, checked_masks, removed_by
 from shear_passes.rewrite.drop_blocks import left_of, moved_up, without_blocks
 from shear_passes.rewrite.rescale_gains import gained
@@ -134,7 +134,7 @@ class _Rewriter:
         if entry is None or entry.resize is None or not self._touched(node):
             return
         final = self.types[copy.name]
-        change = Change(
+        change = Resizing(
             node=copy,
             graph=self.graph,
             outs=self.axes.of_node.get(node.name, []),
@@ -152,7 +152,7 @@ class _Rewriter:
             self.types[copy.name] = self._before(change, final)
             self.env[node] = change.result
 
-    def _before(self, change: Change, final: tuple[TensorType, ...]) -> tuple[TensorType, ...]:
+    def _before(self, change: Resizing, final: tuple[TensorType, ...]) -> tuple[TensorType, ...]:
         if change.result.target is not torch.ops.aten.index_select.default:
             return final
         full = change.outs[0]

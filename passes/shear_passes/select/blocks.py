@@ -22,7 +22,7 @@ from shear_passes.rewrite.cuts import Selection, build_plan
 from shear_passes.rewrite.drop_blocks import matching
 from shear_passes.select.by_ratio import BUDGETS, Budget, whole
 
-Order = list[tuple[BlockGroup, int]]
+BlockOrder = list[tuple[BlockGroup, int]]
 """Units in the order in which they go."""
 
 
@@ -60,7 +60,7 @@ class SelectBlocks(Selection):
         order = self._order(groups, Checked(str(criterion_), analyses.get(criterion_)))
         return self._plan(groups, costs, self._enough(program, costs, order), f"least by {criterion_}")
 
-    def _plan(self, groups: Groups, costs: CostModel, removed: Order, reason: str) -> Plan:
+    def _plan(self, groups: Groups, costs: CostModel, removed: BlockOrder, reason: str) -> Plan:
         lost: dict[BlockGroup, list[int]] = {}
         for group, place in removed:
             lost.setdefault(group, []).append(place)
@@ -74,7 +74,7 @@ class SelectBlocks(Selection):
         more = {n: getattr(self, n) for n in ("budget", "floor") if not self.blocks and getattr(self, n) != _PLAIN[n]}
         return {**asked, **{n: list(getattr(self, n)) for n in ("only", "skip", "frozen") if getattr(self, n)}, **more}
 
-    def _order(self, groups: Groups, scores: Scores) -> Order:
+    def _order(self, groups: Groups, scores: Scores) -> BlockOrder:
         """Units by the share of their group that has gone before them, and within a group by their score."""
         if not 0.0 <= self.floor < 1.0:
             raise PlanError(f"floor is a share of a group's units from 0 to below 1, not {self.floor}")
@@ -113,7 +113,7 @@ class SelectBlocks(Selection):
         )
         return wanted and not any(fnmatchcase(name, p) for p in self.skip for name in above)
 
-    def _enough(self, program: Program, costs: CostModel, order: Order) -> Order:
+    def _enough(self, program: Program, costs: CostModel, order: BlockOrder) -> BlockOrder:
         """The first units of ``order`` that together come nearest to the ratio."""
         if not 0.0 < self.ratio < 1.0:
             raise PlanError(f"ratio is a share of the parameters between 0 and 1, not {self.ratio}")

@@ -13,7 +13,7 @@ from shear_ir.errors import PlanError
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.importance import Scores
-from shear_passes.select.by_ratio import SelectByRatio, Wanted
+from shear_passes.select.by_ratio import SelectByRatio, Shares
 
 Curve = tuple[tuple[float, float], ...]
 """How a loss grows: pairs of the share of a group's units that is gone, and nats per token."""
@@ -30,7 +30,7 @@ class SelectByKnowledge(SelectByRatio):
 
     curves: tuple[tuple[str, Curve], ...] = ()
 
-    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Shares:
         """The share is one of the parameters of all units. Raises ``PlanError`` for a group without a curve."""
         known = dict(self.curves)
         missing = [g.name for g in groups if g.name not in known]

@@ -29,7 +29,7 @@ BUDGETS: dict[Budget, str] = {
     "parameters": "parameters", "bytes": "bytes", "flops": "FLOPs", "kv_bytes": "KV bytes per token",
 }  # fmt: skip
 
-Wanted = Callable[[float], Mapping[Group, float]]
+Shares = Callable[[float], Mapping[Group, float]]
 """From a share, 0 for nothing and 1 for as much as can go, to how many units should stay of each group, unrounded."""
 
 _NEAR = 0.005
@@ -71,7 +71,7 @@ class SelectByRatio(Selection):
     requires = (FindGroups, MeasureCosts, Importance)
 
     @abstractmethod
-    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Shares:
         """How ``groups`` share what goes."""
 
     def run(self, program: Program, analyses: AnalysisManager) -> Plan:

@@ -12,7 +12,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.importance import Scores
 from shear_passes.importance.base import Score
-from shear_passes.select.by_ratio import SelectByRatio, Wanted
+from shear_passes.select.by_ratio import SelectByRatio, Shares
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SelectGlobal(SelectByRatio):
     and one layer against another; a unit counts as many parameters as it has (FLAP's AL-AM, An et al. 2024).
     """
 
-    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Shares:
         """The share is one of the parameters of all units."""
         scaled = [_standardised(scores[g]) for g in groups]
         sizes = np.repeat([float(g.parameters_per_unit) for g in groups], [g.size for g in groups])
@@ -38,7 +38,7 @@ class SelectIsomorphic(SelectByRatio):
     2024). Each class loses the same share of its units; scores are compared over the root mean square of their group.
     """
 
-    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Shares:
         """The share is one of the units of each class."""
         classes: dict[object, list[Group]] = {}
         for group in groups:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.importance import Scores
-from shear_passes.select.by_ratio import SelectByRatio, Wanted
+from shear_passes.select.by_ratio import SelectByRatio, Shares
 
 
 @dataclass(frozen=True)
 class SelectUniform(SelectByRatio):
     """Every group loses the same share of its units; ``SelectByRatio`` has the options."""
 
-    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Wanted:
+    def wanted(self, groups: Sequence[Group], scores: Scores, program: Program) -> Shares:
         """Scores do not matter: they say which units go, not how many."""
         return lambda share: {g: (1.0 - share) * g.size for g in groups}
 

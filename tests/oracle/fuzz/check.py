@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import shear_ir as sir
-from shear_backends.graph.module import graph_module, tensors_of
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.masked_blocks import MaskedBlocks, block_cuts
 from shear_backends.verify.numbers import masked
 from shear_ir.axes import Hold, Indices
@@ -188,7 +188,7 @@ class _Case:
     def check_plan(self, plan: Plan) -> Program:
         """The graph computes what the masked original does."""
         small = shear_program(self.groups, plan)
-        self.compare(plan, self.runs(small, shear_tensors(tensors_of(self.model), self.groups, plan)), "the graph")
+        self.compare(plan, self.runs(small, shear_tensors(named_tensors(self.model), self.groups, plan)), "the graph")
         return small
 
     def runs(self, program: Program, tensors: Mapping[str, Tensor]) -> Run:
@@ -243,7 +243,7 @@ class _Case:
             return
         second = self.plan(left, able, fewest=1)
         joined = first.then(second)
-        tensors = cut_tensors(cut_tensors(tensors_of(self.model), first.kept), second.kept)
+        tensors = cut_tensors(cut_tensors(named_tensors(self.model), first.kept), second.kept)
         self.check_plan(joined)
         self.compare(joined, self.runs(shear_program(left, second), tensors), "the graph cut twice")
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.regions import GraphCopier
 from shear_ir.program import Param, Program, TensorType
@@ -22,7 +22,7 @@ from shear_passes.rewrite.raise_lora import raise_lora
 
 def quick_trace(model: nn.Module, feed: Inputs) -> Program:
     """As ``shear_ir.trace`` for inputs of fixed sizes; nothing is known of modules."""
-    named = {name: tensor for name, tensor in tensors_of(model).items() if tensor.is_floating_point()}
+    named = {name: tensor for name, tensor in named_tensors(model).items() if tensor.is_floating_point()}
 
     def call(tensors: dict[str, Tensor], *inputs: Tensor) -> Any:
         result = functional_call(model, tensors, inputs)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from shear_ir.errors import PlanError
 from shear_passes.analysis.block_groups import BLOCK_KINDS
-from shear_passes.importance.calibration import Loss, Progress
-from shear_passes.importance.scoring import Wanted
+from shear_passes.importance.calibration import LossFunction, Progress
+from shear_passes.importance.scoring import CriterionLike
 from shear_passes.select.by_ratio import Budget
 from shear_passes.select.choose import DEFAULT_KINDS
 
-Step = int | Mapping[str, int]
+RoundTo = int | Mapping[str, int]
 """Of how many units the number that stays is a multiple, for all kinds or for each of some."""
 
 
@@ -30,11 +30,11 @@ class Ask:
 
     ratio: float | None = None
     blocks: tuple[str, ...] = ()
-    importance: Wanted | None = None
-    block_importance: Wanted | None = None
+    importance: CriterionLike | None = None
+    block_importance: CriterionLike | None = None
     allocation: str = "uniform"
     budget: Budget | Literal["latency"] = "parameters"
-    round_to: Step = 1
+    round_to: RoundTo = 1
     floor: float = 0.0
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class Given:
     """What there is to score by: see ``shear_ir.plan``."""
 
     data: Iterable[Any] | None = None
-    loss: Loss | None = None
+    loss: LossFunction | None = None
     progress: Progress | None = None
     weights: Mapping[str, Tensor] | None = None
 

@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
-from shear_backends.graph.module import ShearedGraph, graph_module, tensors_of
+from shear_backends.graph.module import ShearedGraph, graph_module, named_tensors
 from shear_backends.graph.record import GraphRecord
 from shear_backends.module.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.module.adapters import require_lora
@@ -33,11 +33,11 @@ from shear_ir.frontend.export import trace as _trace
 from shear_ir.frontend.feeds import alike, given_inputs, placed, remember
 from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.frontend.load import load_model
-from shear_ir.frontend.state import State
+from shear_ir.frontend.state import ModelState
 from shear_ir.frontend.unchanged import unchanged
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
-from shear_ir.program import Program, Source
+from shear_ir.program import ModelSource, Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.explain import Explain
@@ -69,7 +69,7 @@ def trace(model: nn.Module, inputs: Any = None, *, dynamic: bool = False) -> Pro
 
 def of_model(program: Program, model: nn.Module) -> Program:
     """``program`` with ``model`` as its source."""
-    found = replace(program, source=Source(model, State.of(model)))
+    found = replace(program, source=ModelSource(model, ModelState.of(model)))
     _traced.add(found)
     return found
 
@@ -86,7 +86,7 @@ def analyses(program: Program) -> AnalysisManager:
     # On the program itself, so that program and results go together when nobody holds them any more.
     manager: AnalysisManager = vars(program).setdefault("_analyses", AnalysisManager(program))
     model = model_of(program)
-    manager.weights = None if model is None else tensors_of(model)
+    manager.weights = None if model is None else named_tensors(model)
     return manager
 
 
@@ -291,7 +291,7 @@ def _shear_adapted(model: nn.Module, plan: Plan, inputs: Any) -> nn.Module:
 
 def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
     """The tensors of ``model``, cut, copied and renamed; parameters ask for gradients as the model's do."""
-    tensors = tensors_of(model)
+    tensors = named_tensors(model)
     cut = {
         name: tensor.detach().clone()
         for name, tensor in cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept).items()
@@ -309,7 +309,7 @@ def model_of(program: Program) -> nn.Module | None:
 def _program(model: nn.Module, inputs: Any, dynamic: bool = False) -> Program:
     """The program of ``model``: the last one that was traced of it as it is now, with these inputs, or a new one."""
     wanted = given_inputs(model) if inputs is None else as_inputs(model, inputs)
-    now = State.of(model)
+    now = ModelState.of(model)
     for program in list(_traced):
         source = program.source
         if source is None or source.model is not model or program.dynamic != dynamic or source.state != now:

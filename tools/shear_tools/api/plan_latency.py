@@ -24,7 +24,7 @@ MEASURED = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Known(Importance):
+class MeasuredScores(Importance):
     """Scores that were measured before, by the criterion ``called``."""
 
     called: str

@@ -14,15 +14,15 @@ from shear_ir.program import Program
 from shear_passes.analysis.cost import MeasureCosts
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.importance import Magnitude, Scores
-from shear_passes.importance.calibration import Loss, Progress
-from shear_passes.importance.scoring import Wanted, chosen, prepared
+from shear_passes.importance.calibration import LossFunction, Progress
+from shear_passes.importance.scoring import CriterionLike, chosen, prepared
 from shear_passes.select import SelectByRatio, selection
 from shear_passes.select.by_ratio import Budget
 from shear_passes.select.choose import DEFAULT_KINDS
-from shear_tools.api.ask import Ask, Given, Step, tuple_of
+from shear_tools.api.ask import Ask, Given, RoundTo, tuple_of
 from shear_tools.api.pipeline import analyses, model_of
 from shear_tools.api.plan_depth import plan_depth
-from shear_tools.api.plan_latency import Known, plan_latency
+from shear_tools.api.plan_latency import MeasuredScores, plan_latency
 from shear_tools.api.stock_sizes import with_config
 
 
@@ -31,14 +31,14 @@ def plan(
     *,
     ratio: float | None = None,
     blocks: Sequence[str] = (),
-    importance: Wanted | None = None,
-    block_importance: Wanted | None = None,
+    importance: CriterionLike | None = None,
+    block_importance: CriterionLike | None = None,
     data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
+    loss: LossFunction | None = None,
     progress: Progress | None = None,
     allocation: str = "uniform",
     budget: Budget | Literal["latency"] = "parameters",
-    round_to: Step = 1,
+    round_to: RoundTo = 1,
     floor: float = 0.0,
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -93,7 +93,7 @@ def planned(program: Program, ask: Ask, given: Given) -> Plan:
             (found,) = scores(
                 program, criterion, data=given.data, loss=given.loss, progress=given.progress, seed=ask.seed
             ).values()
-            share = replace(share, importance=Known(str(criterion), found))
+            share = replace(share, importance=MeasuredScores(str(criterion), found))
             return plan_latency(program, share, given, lambda each: planned(program, each, replace(given, data=None)))
         return plan_latency(program, share, given, lambda each: planned(program, each, given))
     return plan_depth(program, ask, given, plan_widths) if ask.deep else plan_widths(program, ask, given)
@@ -121,9 +121,9 @@ def plan_widths(program: Program, ask: Ask, given: Given) -> Plan:
 
 def scores(
     program: Program,
-    *importance: Wanted,
+    *importance: CriterionLike,
     data: Iterable[Any] | None = None,
-    loss: Loss | None = None,
+    loss: LossFunction | None = None,
     progress: Progress | None = None,
     seed: int = 0,
 ) -> dict[str, Scores]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from shear_backends.graph.module import tensors_of
+from shear_backends.graph.module import named_tensors
 from shear_backends.module.biases import with_biases as give_biases
 from shear_backends.module.rms_norms import RmsNorms, exchange
 from shear_backends.module.shear import RECORD
@@ -220,14 +220,14 @@ def _untied(model: nn.Module, tied: Sequence[str], why: str) -> nn.Module:
 
 def _halves(model: nn.Module) -> dict[str, torch.dtype]:
     """The tensors of ``model`` in half precision."""
-    return {n: t.dtype for n, t in tensors_of(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
+    return {n: t.dtype for n, t in named_tensors(model).items() if t.dtype in (torch.bfloat16, torch.float16)}
 
 
 def _rounded(made: nn.Module, model: nn.Module) -> nn.Module:
     """``made``, which is in fp32, with the dtypes that ``model`` has; what is new in it is in half precision."""
-    types, own = _halves(model), tensors_of(model)
+    types, own = _halves(model), named_tensors(model)
     other = next(iter(types.values()))
-    for name, tensor in tensors_of(made).items():
+    for name, tensor in named_tensors(made).items():
         if name in types or name not in own:
             tensor.data = tensor.data.to(types.get(name, other))
     return made
@@ -239,7 +239,7 @@ def _require_merged(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module, found: Groups) -> dict[str, Tensor]:
-    own = tensors_of(model)
+    own = named_tensors(model)
     return {name: own[name] for name in found.program.params if name in own}
 
 
@@ -269,6 +269,6 @@ def named(wanted: Repair | str) -> Repair:
 
 def _with(model: nn.Module, changed: Mapping[str, Tensor]) -> nn.Module:
     """A copy of ``model`` with the ``changed`` tensors in the place of its own."""
-    own = tensors_of(model)
+    own = named_tensors(model)
     new = {id(own[n]): nn.Parameter(t, requires_grad=own[n].requires_grad) for n, t in changed.items()}
     return copied(model, new)

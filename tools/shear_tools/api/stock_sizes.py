@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from shear_backends.module.stock import Answer, Counts, Fixed, Stock, classes, nearest
+from shear_backends.module.stock import Answer, Fixed, Stock, UnitCounts, classes, nearest
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
 from shear_ir.program import Program
@@ -28,7 +28,7 @@ def with_config(program: Program, manager: AnalysisManager, asked: SelectByRatio
     def having(fixed: Fixed) -> SelectByRatio:
         return replace(asked, units=tuple(f"{kind}={count}/{size}" for (kind, size), count in fixed.items()))
 
-    def solve(fixed: Fixed) -> Counts:
+    def solve(fixed: Fixed) -> UnitCounts:
         other = having(fixed)
         return manager.running(other, lambda: other.counts(manager))
 
@@ -69,7 +69,7 @@ def _missed(asked: SelectByRatio, plan: Plan) -> int:
     return round(100 * abs(1.0 - after / max(1, before) - asked.ratio))
 
 
-def _imbalance(asked: SelectByRatio, counts: Counts) -> float:
+def _imbalance(asked: SelectByRatio, counts: UnitCounts) -> float:
     """How unlike the shares are that the kinds lose."""
     lost: dict[str, float] = dict.fromkeys(asked.kinds, 0.0)
     for group, count in counts.items():

@@ -23,13 +23,13 @@ def changed(options: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChanges:
     """What the command line asks for; ``seed``: of the rows that are drawn from ``read``."""
 
-    repairs: tuple[options.Repair, ...]
-    rotation: options.Rotation | None
+    repairs: tuple[options.RepairName, ...]
+    rotation: options.RotationName | None
     biases: bool
-    read: scoring.Read | None
+    read: scoring.ReadOptions | None
     trust: bool
     seed: int
 

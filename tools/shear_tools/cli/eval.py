@@ -15,7 +15,7 @@ from shear_tools.cli.models import open_language_model
 
 if TYPE_CHECKING:
     from shear_training.evaluate import Loss
-    from shear_training.harness import Score
+    from shear_training.harness import TaskScore
 
 
 def eval(
@@ -57,7 +57,7 @@ def eval(
     if names:
         require_harness()
     losses: dict[str, Loss] = {}
-    scores: list[Score] = []
+    scores: list[TaskScore] = []
     with console.Told() as told:
         told("loading", 0, 1)
         loaded, tokenizer = open_language_model(model, trust_remote_code, dtype, device)
@@ -77,12 +77,12 @@ def eval(
         _put(losses, scores)
 
 
-def _document(model: str, losses: dict[str, Loss], scores: list[Score]) -> dict[str, Any]:
+def _document(model: str, losses: dict[str, Loss], scores: list[TaskScore]) -> dict[str, Any]:
     sources = {name: asdict(loss) | {"perplexity": loss.perplexity} for name, loss in losses.items()}
     return {"model": model, "sources": sources, "tasks": [asdict(score) for score in scores]}
 
 
-def _put(losses: dict[str, Loss], scores: list[Score]) -> None:
+def _put(losses: dict[str, Loss], scores: list[TaskScore]) -> None:
     if losses:
         rows = [
             (name, f"{loss.tokens:,}", f"{loss.nll:.4f}", f"{loss.perplexity:.2f}") for name, loss in losses.items()

@@ -64,7 +64,7 @@ def opt(
     A wrong name lists the names near it. Plans come from a selection before shear, or from shear{plan=FILE}.
     """
     from shear_backends.draw.render import FORMATS
-    from shear_backends.graph.module import tensors_of
+    from shear_backends.graph.module import named_tensors
     from shear_ir.frontend.export import trace
     from shear_ir.manager import PassManager
     from shear_passes.analysis.dump import Dump
@@ -79,7 +79,7 @@ def opt(
             loaded = open_model(model, trust_remote_code, dtype, inputs)
         with step("tracing"):
             program = trace(loaded.model)
-    weights = None if loaded.config_only else tensors_of(loaded.model)
+    weights = None if loaded.config_only else named_tensors(loaded.model)
     watch = Watch(
         loaded.model,
         printing=print_between_passes and not json,

@@ -13,9 +13,9 @@ from shear_ir.errors import LoadError, PlanError
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # Spelled here too, so that --help loads no torch; a test compares them.
 Allocation = Literal["uniform", "global", "isomorphic", "by-knowledge"]
-Budget = Literal["parameters", "bytes", "flops", "kv_bytes", "latency"]
-Repair = Literal["least-squares", "flap-bias"]
-Rotation = Literal["residual", "heads"]
+BudgetName = Literal["parameters", "bytes", "flops", "kv_bytes", "latency"]
+RepairName = Literal["least-squares", "flap-bias"]
+RotationName = Literal["residual", "heads"]
 
 
 def _there(spec: Any) -> Any:
@@ -96,7 +96,8 @@ KnowledgeOption = Annotated[
     ),
 ]  # fmt: skip
 BudgetOption = Annotated[
-    Budget | None, typer.Option(help="What --ratio is a share of; latency is measured here.", show_default="parameters")
+    BudgetName | None,
+    typer.Option(help="What --ratio is a share of; latency is measured here.", show_default="parameters"),
 ]
 FloorOption = Annotated[
     float | None,
@@ -152,14 +153,14 @@ CalibrationOption = Annotated[
     ),
 ]  # fmt: skip
 RepairOption = Annotated[
-    Repair | None,
+    RepairName | None,
     typer.Option(
         help="Fold what goes into what stays, from --data, without training; flap-bias needs biases.",
         show_default=False,
     ),
 ]
 RotateOption = Annotated[
-    Rotation | None,
+    RotationName | None,
     typer.Option(
         help="Turn the residual stream (--data), or the values of heads, so that their last directions matter least.",
         show_default=False,

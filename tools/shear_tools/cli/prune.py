@@ -10,7 +10,7 @@ import typer
 
 from shear_ir.errors import PlanError, SaveError, ShearError
 from shear_tools.cli import console, options, report, scoring
-from shear_tools.cli.change import Change
+from shear_tools.cli.change import WeightChanges
 from shear_tools.cli.models import open_model
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ def prune(
         budget=budget, floor=floor, only=only, skip=skip, kinds=kinds, blocks=blocks,
         block_importance=block_importance, seed=seed, stock=stock,
     )  # fmt: skip
-    read = None if data is None else scoring.Read(data, samples, device)
-    change = Change((repair,) if repair else (), rotate, add_biases, read, trust_remote_code, choices.get("seed", 0))
+    read = None if data is None else scoring.ReadOptions(data, samples, device)
+    change = WeightChanges(
+        (repair,) if repair else (), rotate, add_biases, read, trust_remote_code, choices.get("seed", 0)
+    )
     asked = _Asked(
         model, ratio, plan, choices, out, force, dry_run, plan_out, not no_verify, merge, backend, read, change, inputs
     )  # fmt: skip
@@ -117,8 +119,8 @@ class _Asked:
     verify: bool
     merge: bool
     backend: str
-    read: scoring.Read | None
-    change: Change
+    read: scoring.ReadOptions | None
+    change: WeightChanges
     inputs: Path | None
 
     def check(self) -> None:
@@ -153,7 +155,7 @@ class _Asked:
         mended = ["repairing"] if self.change.repairs and not self.dry_run else []
         return ["loading", *turned, "tracing", "analysing", "selecting", *mended, *last]
 
-    def run(self, step: console.Steps, trust: bool, dtype: options.Dtype | None) -> report.Pruned:
+    def run(self, step: console.Steps, trust: bool, dtype: options.Dtype | None) -> report.PruneReport:
         """The whole road; nothing is saved that is not sound."""
         from shear_ir.frontend.base import has_adapters
         from shear_ir.plans import Plan
@@ -177,7 +179,7 @@ class _Asked:
         with step("selecting"):
             plan = self._plan(loaded, program, step, trust) if ready is None else ready
             plan = replace(plan, options={**plan.options, **self.change.told})
-        result = report.Pruned(self.spec, loaded.model, groups, plan, step.seconds, costs)
+        result = report.PruneReport(self.spec, loaded.model, groups, plan, step.seconds, costs)
         if self.dry_run or self.out is None:
             self._write_plan(plan)
             return result

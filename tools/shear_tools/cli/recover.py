@@ -13,7 +13,7 @@ from shear_tools.cli.models import open_language_model, require_device
 
 if TYPE_CHECKING:
     from shear_tools.workflow.recipe import Recipe
-    from shear_tools.workflow.recover import Result
+    from shear_tools.workflow.recover import Recovered
 
 
 def recover(
@@ -118,7 +118,7 @@ def _recipe(path: Path | None, trust: bool, **given: Any) -> Recipe:
     return asked
 
 
-def _put(made: Result) -> None:
+def _put(made: Recovered) -> None:
     dense = made.losses["dense"]
     headings = ("model", *dense)
     rows = [

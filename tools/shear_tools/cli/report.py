@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Pruned:
+class PruneReport:
     """One run of prune. ``costs``: what changing the weights before it costs, in sentences. ``verified`` and ``saved``
     are None where that step was left out.
     """
@@ -62,7 +62,7 @@ def _criteria(options: Mapping[str, Any]) -> list[str]:
     return [*mine, *(name for inner in options.values() if isinstance(inner, Mapping) for name in _criteria(inner))]
 
 
-def put(result: Pruned) -> None:
+def put(result: PruneReport) -> None:
     """Print the tables and lines for people."""
     plan, unit = result.plan, "token" if result.tokens else "sample"
     before, after = plan.before, plan.after
@@ -89,7 +89,7 @@ def put(result: Pruned) -> None:
         console.put_lines(f"wrote  {result.saved.path}")
 
 
-def as_json(result: Pruned) -> dict[str, Any]:
+def as_json(result: PruneReport) -> dict[str, Any]:
     """The same for machines."""
     stock, why = result.stock
     found = result.verified
@@ -121,7 +121,7 @@ def _base(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _foreseen(result: Pruned) -> tuple[bool, str]:
+def _foreseen(result: PruneReport) -> tuple[bool, str]:
     from shear_backends.module.config_inference import infer_config
     from shear_backends.module.depth import foreseen
     from shear_ir.errors import ShearingError

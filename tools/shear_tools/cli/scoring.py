@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadOptions:
     """Rows of text to judge units by: ``samples`` of ``file``, all in all, run on ``device``."""
 
     file: Path
@@ -29,7 +29,7 @@ class Read:
     device: Device | None = None
 
 
-def require_data(name: str, read: Read | None, seed: int = 0) -> None:
+def require_data(name: str, read: ReadOptions | None, seed: int = 0) -> None:
     """Raise ``PlanError`` for a criterion that does not exist, or that looks at data where there is none."""
     from shear_passes.importance import criterion
 
@@ -38,7 +38,12 @@ def require_data(name: str, read: Read | None, seed: int = 0) -> None:
 
 
 def planned(
-    loaded: LoadedModel, program: Program, step: console.Steps, read: Read | None, trust: bool, choices: dict[str, Any]
+    loaded: LoadedModel,
+    program: Program,
+    step: console.Steps,
+    read: ReadOptions | None,
+    trust: bool,
+    choices: dict[str, Any],
 ) -> Plan:
     """The plan by the criterion that was chosen."""
     from shear_passes.analysis.block_groups import BLOCK_KINDS
@@ -62,7 +67,7 @@ def telling(step: console.Steps, what: str) -> Callable[[int, int | None], None]
 
 
 @contextmanager
-def on_device(model: nn.Module, read: Read) -> Iterator[None]:
+def on_device(model: nn.Module, read: ReadOptions) -> Iterator[None]:
     """``model`` where ``--device`` says; it is on the CPU again afterwards."""
     model.to(_device(read))
     try:
@@ -71,7 +76,7 @@ def on_device(model: nn.Module, read: Read) -> Iterator[None]:
         model.to("cpu")
 
 
-def batches(loaded: LoadedModel, step: console.Steps, read: Read, trust: bool, seed: int) -> Any:
+def batches(loaded: LoadedModel, step: console.Steps, read: ReadOptions, trust: bool, seed: int) -> Any:
     """The rows of ``--data`` in batches that the model reads."""
     from shear_tools.cli.models import open_tokenizer
     from shear_tools.workflow.calibration import SAMPLES, calibration_batches
@@ -89,7 +94,7 @@ def batches(loaded: LoadedModel, step: console.Steps, read: Read, trust: bool, s
     return batches
 
 
-def _device(read: Read) -> str:
+def _device(read: ReadOptions) -> str:
     import torch
 
     if read.device == "cuda" and not torch.cuda.is_available():

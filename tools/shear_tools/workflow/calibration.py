@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shear_training.data import Progress, held_out, load_data, prepare
+from shear_training.data import SourceProgress, held_out, load_data, prepare
 from shear_training.rows import Rows
 
 SAMPLES = 128
@@ -23,7 +23,7 @@ def calibration_batches(
     samples: int = SAMPLES,
     batch: int = BATCH,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: SourceProgress | None = None,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Rows]]:
     """``samples`` rows in batches, from all sources alike, drawn by ``seed``; and the rows by source.
 
@@ -35,7 +35,7 @@ def calibration_batches(
 
 
 def rows_to_judge_by(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, progress: Progress | None = None
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, progress: SourceProgress | None = None
 ) -> dict[str, Rows]:
     """Of a data.yaml the rows to train on, by source; of one file, its rows. Raises ``LoadError``."""
     config = load_data(data, whole=True)

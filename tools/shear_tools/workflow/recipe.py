@@ -19,7 +19,7 @@ from shear_training.settings import Recovery
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class KnowledgeOptions:
     """How the knowledge distribution is measured. Raises ``PlanError`` for a bad value.
 
     ``ratios``: shares of a group that are masked; ``freeze``: share of the groups that stay whole, the most sensitive;
@@ -50,7 +50,7 @@ class Recipe:
     """``knowledge``, ``pruning`` and ``recovery`` are the options of the stages; ``stages``: those that differ for a
     stage of ``data.yaml``, by its name."""
 
-    knowledge: Sensitivity = field(default_factory=Sensitivity)
+    knowledge: KnowledgeOptions = field(default_factory=KnowledgeOptions)
     pruning: Pruning = field(default_factory=Pruning)
     recovery: Recovery = field(default_factory=Recovery)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def load_recipe(path: str | Path, *, trust_remote_code: bool = False) -> Recipe:
     if not trust_remote_code:
         _refuse_code(path, read.get("pruning"))
     parts = (
-        _section(path, "knowledge", Sensitivity, read), _section(path, "pruning", Pruning, read),
+        _section(path, "knowledge", KnowledgeOptions, read), _section(path, "pruning", Pruning, read),
         _section(path, "recovery", Recovery, read),
     )  # fmt: skip
     try:

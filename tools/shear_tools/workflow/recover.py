@@ -21,18 +21,18 @@ from shear_tools.workflow.publish import publish
 from shear_tools.workflow.recipe import Recipe
 from shear_tools.workflow.stages import run_stages, stage_settings
 from shear_tools.workflow.work import Work, alone, digest_of, place_of
-from shear_training.data import DataConfig, Progress, prepare
+from shear_training.data import DataConfig, SourceProgress, prepare
 from shear_training.evaluate import Loss, evaluate_sources, require_readable
 from shear_training.journal import weights_digest
 from shear_training.rounds import processes
 from shear_training.settings import Recovery
 
-REPORT = "recovery.json"
+RECOVERY_FILE = "recovery.json"
 Losses = Mapping[str, Loss]
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
+class Recovered:
     """Where the recovered model lies; ``losses``: of the dense model, of the sheared one and after each stage, on
     every source; ``stages``: their rounds, as ``Recovered.to_json`` tells them."""
 
@@ -56,8 +56,8 @@ def recover_stages(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, out: str | Path, *, data: DataConfig,
     dense: Callable[[], nn.Module] | Mapping[str, float], dense_name: str = "", recipe: Recipe | None = None,
     work: str | Path | None = None, keep_work: bool = False, keep_adapters: bool = False, source: Path | None = None,
-    force: bool = False, progress: Progress | None = None,
-) -> Result:  # fmt: skip
+    force: bool = False, progress: SourceProgress | None = None,
+) -> Recovered:  # fmt: skip
     """Recover the sheared ``model`` in the stages of ``data`` and write it to ``out``, with ``recovery.json`` in it.
 
     ``dense``: NLL per source of the full model, or what loads it, which is measured once; ``dense_name`` says which one
@@ -104,11 +104,11 @@ def recover_stages(
             losses[name] = measured(f"{number}-{name}", lambda: recovered)
 
         model, stages = run_stages(model, data, sources, known, settings, kept, note, progress)
-        result = Result(Saved(out, False), losses, tuple(stages))
+        result = Recovered(Saved(out, False), losses, tuple(stages))
 
         def tell(saved: Saved, folder: Path) -> None:
             told = {**replace(result, saved=saved).to_json(), "out": saved.path.name}
-            write_text(folder / REPORT, json.dumps(told, indent=1))
+            write_text(folder / RECOVERY_FILE, json.dumps(told, indent=1))
 
         saved = publish(model, kept, out, tell, source=source, tokenizer=tokenizer, force=force, keep_work=keep_work)
         return replace(result, saved=saved)

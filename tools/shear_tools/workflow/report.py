@@ -18,7 +18,7 @@ from shear_training.evaluate import Loss
 from shear_training.knowledge import Knowledge
 from shear_training.saliency import measured_names
 
-REPORT = "report.md"
+REPORT_FILE = "report.md"
 PACKAGES = ("shear-ir", "torch", "transformers", "peft", "accelerate", "datasets")
 _COSTS = {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs per token", "kv_bytes": "KV bytes per token"}
 
@@ -32,7 +32,7 @@ def write_report(run: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     plot_losses(run["losses"], folder / "pictures" / "losses.svg")
     plot_cuts(plan, knowledge, folder / "pictures" / "kept.svg")
     write_text(folder / "report.json", json.dumps(_finite(document), indent=1))
-    write_text(folder / REPORT, "\n".join(_markdown(run, document)) + "\n")
+    write_text(folder / REPORT_FILE, "\n".join(_markdown(run, document)) + "\n")
     knowledge.save(folder / "knowledge.json")
     return document
 

@@ -33,7 +33,7 @@ from shear_tools.workflow.recipe import Recipe
 from shear_tools.workflow.report import write_report
 from shear_tools.workflow.stages import run_stages, stage_settings
 from shear_tools.workflow.work import Work, alone, digest_of, place_of
-from shear_training.data import DataConfig, Progress, Source, load_data, prepare
+from shear_training.data import DataConfig, Source, SourceProgress, load_data, prepare
 from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_readable
 from shear_training.journal import weights_digest
 from shear_training.knowledge import Knowledge, candidates, frozen_count, measure_knowledge
@@ -56,7 +56,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PruneOptions:
     """What goes: the options of ``shear_ir.plan`` that a run has."""
 
     ratio: float
@@ -71,7 +71,7 @@ def lorashear(
     recipe: Recipe | None = None, work: str | Path | None = None, keep_work: bool = False,
     source: Path | None = None, force: bool = False, round_to: int | Mapping[str, int] = 1,
     kinds: tuple[str, ...] = DEFAULT_KINDS, only: tuple[str, ...] = (), skip: tuple[str, ...] = (), command: str = "",
-    progress: Progress | None = None,
+    progress: SourceProgress | None = None,
 ) -> Outcome:  # fmt: skip
     """Prune ``model`` by ``ratio`` of its parameters while it trains, recover it, write it and a report to ``out``.
 
@@ -81,7 +81,7 @@ def lorashear(
     """
     out = Path(out)
     refuse_existing(out, force)
-    choice = Choice(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
+    choice = PruneOptions(ratio, round_to, tuple(kinds), tuple(only), tuple(skip))
     place = place_of(out, work)
     run = _Run(model, tokenizer, load_data(data), choice, recipe or Recipe(), place, keep_work, progress)
     with alone(place):
@@ -95,11 +95,11 @@ class _Run:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     data: DataConfig
-    choice: Choice
+    choice: PruneOptions
     recipe: Recipe
     place: Path
     keep_work: bool
-    progress: Progress | None
+    progress: SourceProgress | None
     losses: dict[str, dict[str, Loss]] = field(default_factory=dict)
     samples: dict[str, str] = field(default_factory=dict)
 

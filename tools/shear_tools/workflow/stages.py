@@ -11,7 +11,7 @@ from torch import nn
 from shear_ir.errors import PlanError
 from shear_tools.workflow.recipe import Recipe
 from shear_tools.workflow.work import Work
-from shear_training.data import DataConfig, Progress, Source
+from shear_training.data import DataConfig, Source, SourceProgress
 from shear_training.evaluate import Loss
 from shear_training.recovery import recover
 from shear_training.rounds import arguments
@@ -35,7 +35,7 @@ def stage_settings(data: DataConfig, recipe: Recipe, place: Path) -> dict[str, R
 
 def run_stages(
     model: nn.Module, data: DataConfig, sources: Mapping[str, Source], dense: Mapping[str, Loss],
-    settings: Mapping[str, Recovery], work: Work, note: Note, progress: Progress | None,
+    settings: Mapping[str, Recovery], work: Work, note: Note, progress: SourceProgress | None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:  # fmt: skip
     """The recovered model, and what each stage did as ``Recovered.to_json`` tells it.
 

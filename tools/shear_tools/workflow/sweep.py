@@ -22,10 +22,10 @@ from shear_ir.writing import write_text
 from shear_passes.importance import criterion
 from shear_passes.select import ALLOCATIONS
 from shear_tools.api import pipeline, planning
-from shear_tools.api.plan_latency import Known
+from shear_tools.api.plan_latency import MeasuredScores
 from shear_tools.api.repairing import Repairs, named
 from shear_tools.workflow.work import alone, digest_of
-from shear_training.data import Progress
+from shear_training.data import SourceProgress
 from shear_training.evaluate import Loss, evaluate_sources
 from shear_training.journal import weights_digest
 from shear_training.knowledge import Knowledge
@@ -99,7 +99,7 @@ def trials(
 def sweep(
     model: nn.Module, wanted: Sequence[Trial], data: Sequence[Any], sources: Mapping[str, Rows], *,
     knowledge: Knowledge | Mapping[str, Mapping[float, float]] | None = None, keep: Path | None = None,
-    progress: Progress | None = None, seed: int = 0, batch: int = 8, **options: Any,
+    progress: SourceProgress | None = None, seed: int = 0, batch: int = 8, **options: Any,
 ) -> Sweep:  # fmt: skip
     """Prune copies of ``model`` by each of ``wanted`` and measure them on ``sources``; ``model`` stays as it is.
 
@@ -113,10 +113,10 @@ def sweep(
 
 def _swept(
     model: nn.Module, wanted: Sequence[Trial], data: Sequence[Any], sources: Mapping[str, Rows],
-    knowledge: Knowledge | Mapping[str, Mapping[float, float]] | None, keep: Path | None, progress: Progress | None,
-    seed: int, batch: int, options: Mapping[str, Any],
+    knowledge: Knowledge | Mapping[str, Mapping[float, float]] | None, keep: Path | None,
+    progress: SourceProgress | None, seed: int, batch: int, options: Mapping[str, Any],
 ) -> Sweep:  # fmt: skip
-    told: Progress = progress or (lambda what, done, total: None)
+    told: SourceProgress = progress or (lambda what, done, total: None)
     program = pipeline.trace(model)
     if isinstance(knowledge, Knowledge):
         knowledge.require(program.digest)
@@ -176,7 +176,7 @@ class _Bench:
     def _scores(self, name: str) -> Any:
         if name not in self.scored:
             self.scored[name] = planning.scores(self.program, name, data=self.data, seed=self.seed)[name]
-        return Known(name, self.scored[name])
+        return MeasuredScores(name, self.scored[name])
 
     def _repairs(self, name: str) -> Repairs:
         if name not in self.repairs:
