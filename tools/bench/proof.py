@@ -15,6 +15,7 @@ import fnmatch
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,8 +31,11 @@ Answer = Mapping[str, Any]
 console = Console()
 
 
-def stages(name: str) -> Iterator[dict[str, Any]]:
-    """The answer about one architecture, as it grows; ``done`` says that there is no more."""
+def stages(name: str, numbers: bool = True) -> Iterator[dict[str, Any]]:
+    """The answer about one architecture, as it grows; ``done`` says that there is no more.
+
+    ``numbers``: compare with the masked original too, in both precisions; structure alone needs neither.
+    """
     import torch
 
     from bench import coverage_one
@@ -43,15 +47,15 @@ def stages(name: str) -> Iterator[dict[str, Any]]:
         if refusal:
             raise coverage_one.NotBuilt(refusal)
         yield answer
-        for dtype in (torch.float32, torch.bfloat16):
-            answer[str(dtype).removeprefix("torch.")] = _cut(model.to(dtype))
+        for dtype in (torch.float32, torch.bfloat16) if numbers else (torch.float32,):
+            answer[str(dtype).removeprefix("torch.")] = _cut(model.to(dtype), numbers)
             yield answer
     except Exception as failure:  # what the table has to say of it
         answer["failure"] = coverage_one.line(failure)
     yield answer | {"done": True}
 
 
-def _cut(model: Any) -> dict[str, Any]:
+def _cut(model: Any, numbers: bool) -> dict[str, Any]:
     """Cut ``model`` by the module backend; what decided, and what numbers say."""
     import shear_ir as sir
     from bench.coverage_one import COLUMNS, able, line, units
@@ -72,6 +76,8 @@ def _cut(model: Any) -> dict[str, Any]:
         record: Any = small.shear_record
         made = {"stock": record.stock, "structure": record.proof.equal, "lengths": record.proof.lengths}
         made["why"] = record.proof.why
+        if not numbers:
+            return made
         report: Any = sir.verify(model, small, plan)
         return made | {"sound": report.sound, "gap": report.gap, "noise": report.noise, "bound": report.bound,
                        "moved": report.moved}  # fmt: skip
@@ -79,13 +85,13 @@ def _cut(model: Any) -> dict[str, Any]:
         return {"refused": line(failure)}
 
 
-def answer_to(name: str, memory: int, pipe: Any) -> None:
+def answer_to(name: str, memory: int, pipe: Any, numbers: bool = True) -> None:
     """Send what is known of ``name`` after every stage."""
     from bench import coverage_one
 
     coverage_one._limits(memory)
     start = time.process_time()
-    for answer in stages(name):
+    for answer in stages(name, numbers):
         pipe.send(answer | {"seconds": time.process_time() - start})
     pipe.close()
 
@@ -147,6 +153,7 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds for each.")] = 150.0,
     memory: Annotated[int, typer.Option(help="GiB for each.")] = 6,
     again: Annotated[bool, typer.Option("--again", help="Measure finished ones anew.")] = False,
+    numbers: Annotated[bool, typer.Option(help="Compare by numbers, too: six times as long.")] = True,
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""
@@ -159,7 +166,7 @@ def main(
     store = Store(out)
     missing = [] if only_table else [n for n in chosen if again or store.get(n) is None]
     try:
-        for answer in run_all(missing, jobs, limit, memory, proof.answer_to):
+        for answer in run_all(missing, jobs, limit, memory, partial(proof.answer_to, numbers=numbers)):
             store.put(answer)
             console.print(" ".join(_row(answer)), markup=False, highlight=False)
     except KeyboardInterrupt:
