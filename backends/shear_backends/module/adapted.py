@@ -23,7 +23,7 @@ from shear_ir.frontend.inputs import Inputs, as_inputs, example_inputs
 from shear_ir.plans import Kept, Plan
 from shear_passes.analysis.cost import CostModel
 from shear_passes.analysis.find_groups import Group, Groups
-from shear_passes.rewrite.cuts import build_plan, checked_masks
+from shear_passes.rewrite.cuts import build_plan, checked
 from shear_passes.rewrite.rescale_norm import NormFix
 
 _MERGED = 64.0
@@ -64,7 +64,7 @@ def plan_of_base(plan: Plan, groups: Groups, base: Groups, costs: CostModel, vie
     ``groups``: those of the PEFT model; ``base`` and ``costs``: those of its base. Raises ``PlanError`` when the base
     alone has no such groups.
     """
-    checked_masks(groups, plan)
+    checked(groups, plan)
     names = {name: own for own, (name, *_) in view.tensors.items()}
     kept = {}
     for cut in plan.cuts:

@@ -29,7 +29,7 @@ from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan, renumbered
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.rewrite.cuts import checked_masks, masks_of
+from shear_passes.rewrite.cuts import checked, masks_of
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_norm import norm_fixes
 
@@ -43,7 +43,7 @@ def shear_layers(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     that are parts of a layer, and where a layer does more for others than its place in the list shows.
     """
     require_exact(model)
-    checked_masks(groups, plan)
+    checked(groups, plan)
     part = next((unit for unit in groups.units(plan.cuts) if not unit.whole), None)
     if part is not None:
         raise ShearingError(f"{part.path} is a part of what its layer's forward adds up: use the graph backend")

@@ -35,7 +35,7 @@ from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.rewrite.cuts import checked_masks
+from shear_passes.rewrite.cuts import checked
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.shear import shear_program, shear_tensors
 
@@ -266,7 +266,7 @@ def not_possible(groups: Groups, plan: Plan) -> str:
         if group is not None and cut.kind not in BLOCK_KINDS and not (group.prunable or group.rescalable):
             return f"{group.name} is frozen: {group.reason}"
     try:
-        checked_masks(groups, plan)
+        checked(groups, plan)
     except PlanError as failure:
         return str(failure)
     return ""

@@ -34,9 +34,9 @@ from shear_ir.frontend.unchanged import copied, unchanged
 from shear_ir.nodes import module_path
 from shear_ir.plans import Plan
 from shear_passes.analysis.find_groups import Groups
-from shear_passes.rewrite.cuts import checked_masks
+from shear_passes.rewrite.cuts import checked
 from shear_passes.rewrite.rescale_gains import gained
-from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
+from shear_passes.rewrite.rescale_norm import NormFix
 from shear_passes.rewrite.shear import cut_tensor
 
 RECORD = "shear_record"
@@ -137,9 +137,9 @@ class ModuleChanges:
 def find_changes(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = None) -> ModuleChanges:
     """The first recipe whose result computes the sheared graph's function; raises as ``shear_module`` does."""
     require_exact(model)
-    masks = checked_masks(groups, plan)
+    cut = checked(groups, plan)
+    masks, norms = cut.masks, cut.norms
     feed = example_inputs(model) if inputs is None else as_inputs(model, inputs)
-    norms = tuple(norm_fixes(groups, masks))
     judge = Judge(model, groups, plan, feed, rescaled=any(fix.factor != 1 for fix in norms))
     _require_eps(model, groups, norms)
     cuts = cut_by_id(model, plan, norms)

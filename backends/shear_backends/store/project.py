@@ -27,8 +27,7 @@ from shear_ir.frontend.sentences import failures, quiet
 from shear_ir.plans import Plan
 from shear_ir.reading import Unreadable, require_regular
 from shear_passes.analysis.find_groups import Groups
-from shear_passes.rewrite.cuts import checked_masks
-from shear_passes.rewrite.rescale_norm import norm_fixes
+from shear_passes.rewrite.cuts import checked
 from shear_passes.rewrite.shear import cut_tensor
 
 
@@ -57,7 +56,7 @@ def project_adapter(
     adapters other than LoRA and DoRA, and for starts that changed the base.
     """
     refuse_existing(out, force)
-    masks = checked_masks(groups, plan)
+    cut = checked(groups, plan)
     names = adapter_tensors(adapter)
     note = read_note(adapter)
     if note is not None and note.base_digest != base_digest(dense):
@@ -66,7 +65,7 @@ def project_adapter(
     given = _tensors(adapter, names, model)
     kept = follow(model, plan.kept)
     copies = base_view(model).tensors
-    fixes = {name: fix for fix in norm_fixes(groups, masks) for name in copies[fix.parameter]}
+    fixes = {name: fix for fix in cut.norms for name in copies[fix.parameter]}
     tensors: dict[str, Tensor] = {}
     for key, (name, tensor) in given.items():
         tensor = cut_tensor(tensor, kept.get(name, {}))

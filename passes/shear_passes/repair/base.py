@@ -20,7 +20,7 @@ from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import InferAxes
 from shear_passes.analysis.vanish import FindZeros
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
-from shear_passes.rewrite.cuts import Selection, checked_masks
+from shear_passes.rewrite.cuts import Selection, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def losses(
     Convolutions in groups are left out, since an output reads only its own channels; so are stacked experts, whose
     inputs are other tokens for each of them.
     """
-    masks = checked_masks(groups, plan)
+    masks = checked(groups, plan).masks
     biases = _biases(groups)
     for consumer in consumers:
         if consumer.groups > 1 or _is_stacked(groups, consumer) or not _is_cut(consumer, masks):
@@ -89,7 +89,7 @@ def losses(
 
 def losing(groups: Groups, plan: Plan, consumers: Consumers, limit: int) -> Iterator[tuple[str, ...]]:
     """The parameters of the consumers that lose features, in parts whose Gram matrices take about ``limit`` bytes."""
-    masks = checked_masks(groups, plan)
+    masks = checked(groups, plan).masks
     part: list[str] = []
     read: dict[Any, int] = {}
     for consumer in consumers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from shear_passes.analysis.block_groups import BLOCK_KINDS, Gone, gone_with
 from shear_passes.analysis.cost import CostModel
 from shear_passes.analysis.find_groups import Group, Groups
 from shear_passes.analysis.weight_norms import cut_gains
+from shear_passes.rewrite.rescale_norm import NormFix, norm_fixes
 
 
 class Selection(Analysis[Plan]):
@@ -125,7 +128,38 @@ def removed_by(groups: Groups, plan: Plan) -> Gone:
     return found
 
 
-def checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
+@dataclass(frozen=True, eq=False)
+class CheckedPlan:
+    """A plan as it applies to some groups, made once, where it was checked.
+
+    ``masks``: which units of each cut axis stay; ``gone``: what goes with whole blocks.
+    """
+
+    groups: Groups
+    plan: Plan
+    masks: Mapping[Axis, Mask]
+    gone: Gone
+
+    @cached_property
+    def norms(self) -> tuple[NormFix, ...]:
+        """What the norms over cut axes need; raises ``ShearingError`` for one that no rescaling mends."""
+        return tuple(norm_fixes(self.groups, self.masks))
+
+
+def checked(groups: Groups, plan: Plan) -> CheckedPlan:
+    """``plan``, checked against ``groups``; raises ``PlanError``. Whoever asks next for the same two gets the same."""
+    known: CheckedPlan | None = vars(groups).get(_CHECKED)
+    if known is None or known.plan is not plan:
+        known = CheckedPlan(groups, plan, _checked_masks(groups, plan), removed_by(groups, plan))
+        vars(groups)[_CHECKED] = known
+    return known
+
+
+_CHECKED = "_checked_plan"
+"""Where groups keep the plan that was last checked against them."""
+
+
+def _checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
     """The masks of a plan that may have been edited.
 
     Raises ``PlanError`` unless it was made for these shapes and its index maps are those of its cuts.

@@ -19,7 +19,7 @@ from shear_passes.analysis.find_groups import FindGroups, Groups
 from shear_passes.analysis.infer_axes import Axes
 from shear_passes.ops.registry import entry_of
 from shear_passes.ops.resizing import Resizing
-from shear_passes.rewrite.cuts import Selection, checked_masks, removed_by
+from shear_passes.rewrite.cuts import Selection, checked
 from shear_passes.rewrite.drop_blocks import left_of, moved_up, without_blocks
 from shear_passes.rewrite.rescale_gains import gained
 
@@ -52,14 +52,14 @@ def shear_program(groups: Groups, plan: Plan) -> Program:
 
     Raises ``PlanError`` for a plan that was made for another model or that contradicts itself.
     """
-    masks, gone = checked_masks(groups, plan), removed_by(groups, plan)
+    cut = checked(groups, plan)
     left = without_blocks(groups.program, groups.units(plan.cuts))
-    return moved_up(_Rewriter(left, groups.axes, masks).run(), gone)
+    return moved_up(_Rewriter(left, groups.axes, cut.masks).run(), cut.gone)
 
 
 def shear_tensors(tensors: Mapping[str, Tensor], groups: Groups, plan: Plan) -> dict[str, Tensor]:
     """``tensors`` of the dense program as ``shear_program`` wants them: cut, and named as what is left is."""
-    return left_of(cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept), removed_by(groups, plan))
+    return left_of(cut_tensors(gained(tensors, plan.kept, plan.gains), plan.kept), checked(groups, plan).gone)
 
 
 def cut_tensors(tensors: Mapping[str, Tensor], kept: Kept) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from shear_passes.analysis.dependency_graph import DependencyGraph
 from shear_passes.analysis.explain import Explain
 from shear_passes.analysis.explanation import Explanation
 from shear_passes.analysis.find_groups import FindGroups, Groups
-from shear_passes.rewrite.cuts import removed_by
+from shear_passes.rewrite.cuts import checked
 from shear_passes.rewrite.drop_blocks import left_of
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.rescale_gains import gained
@@ -298,7 +298,7 @@ def _copies(model: nn.Module, found: Groups, plan: Plan) -> dict[str, Tensor]:
     }
     wants = {name: t.requires_grad for name, t in tensors.items() if isinstance(t, nn.Parameter)}
     made = {name: nn.Parameter(t, wants[name]) if name in wants else t for name, t in cut.items()}
-    return left_of(made, removed_by(found, plan))
+    return left_of(made, checked(found, plan).gone)
 
 
 def model_of(program: Program) -> nn.Module | None:

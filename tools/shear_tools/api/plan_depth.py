@@ -16,7 +16,7 @@ from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.importance.scoring import chosen, prepared
-from shear_passes.rewrite.cuts import removed_by
+from shear_passes.rewrite.cuts import checked
 from shear_passes.rewrite.shear import shear_program, shear_tensors
 from shear_passes.select import SelectBlocks, Selection
 from shear_passes.select.choose import choose
@@ -57,7 +57,7 @@ def _share(ratio: float | None, wide: Sequence[str]) -> float:
 def _held(found: Groups, depth: Plan, ask: Ask) -> list[str]:
     """Groups of the kinds that patterns and names leave whole, by the names they have without the blocks."""
     able = {g.name for g in choose(found, ask.only, ask.skip, ask.wide, ask.frozen)}
-    small = found.names_without(removed_by(found, depth))
+    small = found.names_without(checked(found, depth).gone)
     return [name for name, own in small.items() if found.by_name[own].kind in ask.wide and own not in able]
 
 

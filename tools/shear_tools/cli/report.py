@@ -125,19 +125,18 @@ def _foreseen(result: PruneReport) -> tuple[bool, str]:
     from shear_backends.module.config_inference import infer_config
     from shear_backends.module.depth import foreseen
     from shear_ir.errors import ShearingError
-    from shear_passes.rewrite.cuts import masks_of
-    from shear_passes.rewrite.rescale_norm import norm_fixes
+    from shear_passes.rewrite.cuts import checked
 
     if not _pretrained(result.model):
         return False, "not a transformers model"
     if result.plan.gone:
         return foreseen(result.model, result.groups, result.plan)
-    masks = masks_of(result.groups, result.plan.cuts)
+    cut = checked(result.groups, result.plan)
     try:
-        norms = tuple(norm_fixes(result.groups, masks))
+        norms = cut.norms
     except ShearingError as failure:
         return False, str(failure)
-    found = infer_config(result.model, result.groups, masks, result.plan.kept, norms)
+    found = infer_config(result.model, result.groups, cut.masks, result.plan.kept, norms)
     return found.config is not None, "" if found.config else found.refused or "no config of the class has these sizes"
 
 
