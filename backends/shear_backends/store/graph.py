@@ -62,7 +62,7 @@ def write_graph(graph: ShearedGraph, folder: Path) -> None:
     record.plan.save(folder / PLAN_FILE)
     document = RecordDocument(
         format="shear-ir record 1", backend="graph", model_class=record.model_class, stock=False, config=None,
-        attributes={}, norms=[], gathers=[],
+        attributes={}, norms=(), gathers=(),
     )  # fmt: skip
     write_record(folder, document)
     _require_same(graph, load_graph(folder, document, record.skeleton, record.feed))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,37 +29,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
 
-class _NormDocument(_Strict):
-    module: str
-    eps: float | None
-    parameter: str
-    offset: float
-    factor: float
-    power: float = 0.5
-
-
-class _GatherDocument(_Strict):
-    module: str
-    argument: str | int
-    dim: int
-    period: int
-    kept: list[int]
-
-
-class _FitDocument(_Strict):
-    module: str
-    rank: int
-    places: tuple[int, ...]
-    old: tuple[int, ...]
-    new: tuple[int, ...]
-    operand: tuple[int, ...] = ()
-
-
-class _RmsNormsDocument(_Strict):
-    norms: dict[str, float]
-    biases: tuple[str, ...] = ()
-
-
 class RecordDocument(_Strict):
     """The file that says how a sheared model came about; the plan lies beside it.
 
@@ -75,28 +43,20 @@ class RecordDocument(_Strict):
     stock: bool
     config: dict[str, Any] | None
     attributes: dict[str, dict[str, int | list[int]]]
-    norms: list[_NormDocument]
-    gathers: list[_GatherDocument]
-    fits: list[_FitDocument] = []
+    norms: tuple[NormFix, ...]
+    gathers: tuple[Gather, ...]
+    fits: tuple[Fit, ...] = ()
     exchanged: list[str] = []
     sheared: bool = True
     shapes: dict[str, list[int]] = {}
     casts: dict[str, str] = {}
-    rms_norms: _RmsNormsDocument | None = None
-
-    @property
-    def exchanged_norms(self) -> RmsNorms | None:
-        """The layer norms of the dense class that had become RMS norms."""
-        return None if self.rms_norms is None else RmsNorms(**self.rms_norms.model_dump())
+    rms_norms: RmsNorms | None = None
 
     def record(self, plan: Plan) -> Record:
         """The record of the file, with the plan that lies beside it."""
         return Record(
-            plan, self.config, self.stock, self.attributes,
-            tuple(NormFix(**n.model_dump()) for n in self.norms),
-            tuple(Gather(**{**g.model_dump(), "kept": tuple(g.kept)}) for g in self.gathers),
-            tuple(Fit(**f.model_dump()) for f in self.fits),
-            rms_norms=self.exchanged_norms,
+            plan, self.config, self.stock, self.attributes, self.norms, self.gathers, self.fits,
+            rms_norms=self.rms_norms,
         )  # fmt: skip
 
 
@@ -108,8 +68,8 @@ def write_record(folder: Path, document: RecordDocument) -> None:
 def plain_document(model: nn.Module) -> RecordDocument:
     """The document of a model that came without a record."""
     return RecordDocument(
-        format="shear-ir record 1", model_class=type(model).__name__, stock=True, config=None, attributes={}, norms=[],
-        gathers=[], sheared=False,
+        format="shear-ir record 1", model_class=type(model).__name__, stock=True, config=None, attributes={}, norms=(),
+        gathers=(), sheared=False,
     )  # fmt: skip
 
 
@@ -122,11 +82,11 @@ def document_of(model: nn.Module, record: Record, exchanged: Sequence[str] = ())
         stock=record.stock,
         config=_plain(record.config),
         attributes=attributes,
-        norms=[_NormDocument(**asdict(n)) for n in record.norms],
-        gathers=[_GatherDocument(**{**asdict(g), "kept": list(g.kept)}) for g in record.gathers],
-        fits=[_FitDocument(**asdict(f)) for f in record.fits],
+        norms=record.norms,
+        gathers=record.gathers,
+        fits=record.fits,
         exchanged=list(exchanged),
-        rms_norms=None if record.rms_norms is None else _RmsNormsDocument(**asdict(record.rms_norms)),
+        rms_norms=record.rms_norms,
     )
 
 
