@@ -145,7 +145,9 @@ def test_inputs_of_one_size_are_compared_with_one_trace(monkeypatch: pytest.Monk
     assert traced == [7, 9]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("gemma3", "gpt_oss"))]
+)
 def test_generation_with_a_cache_is_greedy_decoding_without_the_layers(name: str) -> None:
     family = deep(name)
     plan, small = shallow(name)

@@ -74,7 +74,7 @@ def test_two_queries_for_each_key_are_planned() -> None:
     checked(family, sir.plan(family.program, ratio=0.3, kinds=["kv_head", "ffn"]))
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", pytest.param("olmo2", marks=pytest.mark.thorough)])
 def test_heads_with_normalised_queries_and_keys_really_go(name: str) -> None:
     """There, nothing was removed and nothing was said."""
     family = traced(name)
@@ -148,7 +148,7 @@ def test_the_width_of_stacked_experts_is_not_the_width_of_the_stream(einsum: boo
     assert sir.verify(family.model, family.graph(plan), plan, family.feed).sound
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mixtral_batched", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("mixtral_batched", marks=pytest.mark.thorough), "olmoe"])
 def test_channels_of_transformers_experts_go_together(name: str) -> None:
     family = traced(name)
     (first, _) = family.able("ffn")

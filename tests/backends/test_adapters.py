@@ -24,9 +24,14 @@ QV = ("q_proj", "v_proj")
 KINDS = pytest.mark.parametrize(
     ("family", "targets", "options"),
     [
-        ("llama_gqa", (*QV, "down_proj"), {}),
+        pytest.param("llama_gqa", (*QV, "down_proj"), {}, marks=pytest.mark.thorough),  # DoRA below is more
         pytest.param("llama_gqa", QV, {"use_rslora": True}, marks=pytest.mark.thorough),
-        ("llama_gqa", QV, {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}}),
+        pytest.param(
+            "llama_gqa",
+            QV,
+            {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+            marks=pytest.mark.thorough,
+        ),
         ("llama_gqa", (*QV, "down_proj"), {"use_dora": True, "modules_to_save": ["lm_head"]}),
         ("llama_mqa", ("q_proj", "embed_tokens"), {}),
         ("gpt2", ("c_attn", "c_fc"), {"fan_in_fan_out": True}),

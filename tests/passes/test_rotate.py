@@ -48,7 +48,7 @@ def test_the_first_directions_of_the_stream_carry_most(tmp_path: Any) -> None:
     assert sir.save(small, tmp_path / "small").stock
 
 
-@pytest.mark.parametrize("kind", ["float64", "bfloat16"])
+@pytest.mark.parametrize("kind", [pytest.param("float64", marks=pytest.mark.thorough), "bfloat16"])
 def test_tied_embeddings_are_untied_at_a_cost_that_is_said(kind: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(
