@@ -10,7 +10,7 @@ from shear_passes.importance.custom import Custom, Evidence, as_criterion
 from shear_passes.importance.lora_guided import LoraGuided
 from shear_passes.importance.magnitude import Magnitude
 from shear_passes.importance.mini_llm import MiniLlm
-from shear_passes.importance.names import BLIND, CRITERIA, DEFAULT_WITH_DATA, HARMLESS, blind_costs, criterion, default
+from shear_passes.importance.names import CRITERIA, DEFAULT_WITH_DATA, HARMLESS, blind_costs, criterion, default
 from shear_passes.importance.order import Order
 from shear_passes.importance.random import Random
 from shear_passes.importance.reading import Flap, Minitron, Wanda
@@ -19,7 +19,7 @@ from shear_passes.importance.statistics import CalibrationStatistics, ReadStatis
 from shear_passes.importance.taylor import Taylor
 
 __all__ = [
-    "BLIND", "CRITERIA", "DEFAULT_WITH_DATA", "HARMLESS", "BlockInfluence", "Bonsai", "Calibration",
+    "CRITERIA", "DEFAULT_WITH_DATA", "HARMLESS", "BlockInfluence", "Bonsai", "Calibration",
     "CalibrationStatistics", "Custom", "Data", "Evidence", "Flap", "Importance", "LoraGuided", "Magnitude", "MiniLlm",
     "Minitron", "Order", "Random", "ReadStatistics", "Reap", "Scores", "Statistic", "Taylor", "Wanda", "as_criterion",
     "blind_costs", "collect", "criterion", "default",

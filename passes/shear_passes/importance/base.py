@@ -36,6 +36,11 @@ class Importance(Analysis[Scores]):
         """What the criterion reads from data, so that one pass can serve several criteria."""
         return ()
 
+    @property
+    def blind(self) -> bool:
+        """Whether it looks at no data, which costs a language model much."""
+        return not self.statistics()
+
 
 class Statistic(Analysis[T], Generic[T]):
     """What one pass over calibration data leaves behind; its size depends on the model alone."""

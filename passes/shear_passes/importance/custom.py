@@ -75,6 +75,11 @@ class Custom(Importance):
 
     requires = (FindGroups, FindConsumers, ReadStatistics, GradientStatistics, Data)
 
+    @property
+    def blind(self) -> bool:
+        """What a function looks at is its own business."""
+        return False
+
     def run(self, program: Program, analyses: AnalysisManager) -> Scores:
         """Raises ``PlanError`` when the function is not there or returns something else."""
         function = self.function or find(self.path)

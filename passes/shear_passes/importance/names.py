@@ -28,9 +28,6 @@ DEFAULT_WITH_DATA = "flap"
 
 DEFAULT_WITHOUT_DATA = "magnitude"
 
-BLIND = ("magnitude", "magnitude-l1", "random", "order")
-"""Criteria that look at no data."""
-
 HARMLESS = 0.1
 """The share of a language model's parameters that may go by them before it stops making sense."""
 

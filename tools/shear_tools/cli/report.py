@@ -41,12 +41,13 @@ class PruneReport:
     @property
     def warnings(self) -> list[str]:
         """Sentences the user should read before using the result."""
-        from shear_passes.importance import BLIND, HARMLESS, blind_costs
+        from shear_passes.importance import CRITERIA, HARMLESS, blind_costs
 
         if not self.tokens or self.plan.ratio <= HARMLESS or self.plan.options.keys() & {"repair", "rotate"}:
             return self.costs
-        named = dict.fromkeys(_criteria(self.plan.options))
-        return self.costs + [blind_costs(name) for name in named if name.partition("{")[0] in BLIND]
+        # By our own names alone: the options may be those of a plan that a stranger wrote.
+        made = {name: CRITERIA.get(name.partition("{")[0]) for name in _criteria(self.plan.options)}
+        return self.costs + [blind_costs(name) for name, make in made.items() if make is not None and make().blind]
 
     @property
     def stock(self) -> tuple[bool, str]:
