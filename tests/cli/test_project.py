@@ -79,6 +79,8 @@ def test_prune_merges_by_a_plan_of_the_base(
     assert shear("verify", adapter, tmp_path / "out").code == 0
     refused = shear("prune", llama, "--ratio", "0.2", "--merge", "-o", tmp_path / "no").sentence
     assert refused == f"{llama} has no adapters to merge"
+    graph = shear("prune", adapter, "--ratio", "0.2", "--backend", "graph", "-o", tmp_path / "no").sentence
+    assert graph == "a graph with adapters is not saved: cut the modules, or merge the adapters first"
 
 
 def test_an_adapter_of_another_base_is_refused(shear: Shear, adapter: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -112,6 +114,14 @@ class Everything(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.picky(x, scale=2.0)
+
+
+def test_a_graph_that_calls_modules_is_in_no_file(net: Traced, tmp_path: Path) -> None:
+    plan = sir.plan(net.program, ratio=0.1, importance="random")
+    small = sir.shear(net.model, plan, backend="graph")
+    with pytest.raises(sir.ShearingError, match="modules that were not looked into, which no file holds"):
+        sir.save(small, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_of_which_nothing_would_be_left_is_refused() -> None:

@@ -63,11 +63,15 @@ class ShearedGraph(fx.GraphModule):
         made.training = self.training
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def require_written(self) -> None:
+        """Raise ``ShearingError`` for a graph that no file can hold."""
         if any(node.target is torch.ops.shear_ir.opaque.default for node in self.graph.nodes):
             raise ShearingError(
                 "this graph calls modules that were not looked into, which no file holds: save the sheared modules"
             )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.require_written()
         return _restored, (_tensors_alone(self), _rows(self.graph), type(self).__name__, self.sizes, self.training)
 
 

@@ -44,6 +44,7 @@ def write_graph(graph: ShearedGraph, folder: Path) -> None:
         raise SaveError("this graph was not made by shear_ir.shear, so nothing says what it was made of")
     if record.adapted:
         raise SaveError("a graph with adapters is not saved: shear the modules, or merge the adapters first")
+    graph.require_written()
     tensors = _tensors(graph)
     if any(t.is_meta for t in tensors.values()):
         raise SaveError("this graph is on the meta device and has no weights to save")

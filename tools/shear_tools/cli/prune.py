@@ -168,6 +168,8 @@ class _Asked:
             raise ShearError(f"{self.spec} has no weights, only a config: it can be planned (--dry-run), not pruned")
         if self.merge and not has_adapters(loaded.model):
             raise ShearError(f"{self.spec} has no adapters to merge")
+        if self.backend == "graph" and has_adapters(loaded.model):
+            raise ShearError("a graph with adapters is not saved: cut the modules, or merge the adapters first")
         costs: list[str] = []
         if self.change.before:
             with step("rotating"):
