@@ -102,7 +102,7 @@ def test_a_package_that_is_not_installed_is_named(shear: Shear, monkeypatch: pyt
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = f"{sys.executable} -m shear_ir --help | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m shear_tools --help | true; exit ${{PIPESTATUS[0]}}"
     ran = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, check=False)
     assert ran.stderr == ""
 
