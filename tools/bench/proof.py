@@ -153,7 +153,7 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds for each.")] = 150.0,
     memory: Annotated[int, typer.Option(help="GiB for each.")] = 6,
     again: Annotated[bool, typer.Option("--again", help="Measure finished ones anew.")] = False,
-    numbers: Annotated[bool, typer.Option(help="Compare by numbers, too: six times as long.")] = True,
+    numbers: Annotated[bool, typer.Option(help="Compare by numbers, too, in both precisions.")] = True,
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""

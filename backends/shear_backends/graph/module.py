@@ -16,7 +16,7 @@ from shear_ir.frontend.feeds import tensors_in
 from shear_ir.program import Program, holds
 
 
-def graph_module(program: Program, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+def graph_module(program: Program, tensors: Mapping[str, Tensor]) -> ShearedGraph:
     """``program`` as a module whose parameters keep their names; ``tensors`` by name, cut as the program says.
 
     It takes the arguments that the program was traced with by name or position and returns a tuple of tensors. A

@@ -31,8 +31,7 @@ class GraphRecord:
     @classmethod
     def of(cls, model: nn.Module, plan: Plan, skeleton: nn.Module | None = None) -> GraphRecord:
         """The record of a graph that ``plan`` made of ``model``."""
-        known = type(model).__module__.startswith("transformers.")
-        config = getattr(model, "config", None) if known and skeleton is None else None
+        config = getattr(model, "config", None) if skeleton is None else None
         return cls(plan, type(model).__name__, config, skeleton, inputs_of(model), has_adapters(model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphRecord:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from shear_backends.graph.module import ShearedGraph, graph_module, named_tensors
 from shear_backends.graph.record import GraphRecord
 from shear_backends.module.shear import skeleton_of
+from shear_backends.store.rebuild import put_tensor, stored_tensors
 from shear_backends.store.record_file import PLAN_FILE, RecordDocument, write_record
+from shear_backends.store.reread import apart
 from shear_backends.verify.numbers import evaluation
 from shear_ir.errors import LoadError, PlanError, SaveError, ShearError
 from shear_ir.frontend.export import trace
@@ -28,13 +29,12 @@ from shear_ir.frontend.load import load_model
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
 from shear_ir.plans import Plan
-from shear_ir.reading import Unreadable, reasons, require_regular
 from shear_passes.analysis.find_groups import FindGroups
 from shear_passes.rewrite.raise_lora import raise_lora
 from shear_passes.rewrite.shear import shear_program
 
-GRAPH_FILE = "graph/tensors.safetensors"
-"""Not where stock code looks: these are not the tensors of the class in the config."""
+GRAPHS = "graph"
+"""A folder of its own, where stock code does not look: these are not the tensors of the class in the config."""
 
 
 def write_graph(graph: ShearedGraph, folder: Path) -> None:
@@ -45,17 +45,11 @@ def write_graph(graph: ShearedGraph, folder: Path) -> None:
     if record.adapted:
         raise SaveError("a graph with adapters is not saved: shear the modules, or merge the adapters first")
     graph.require_written()
-    tensors = _tensors(graph)
+    tensors = named_tensors(graph)  # all buffers among them: a graph computes none of them anew
     if any(t.is_meta for t in tensors.values()):
         raise SaveError("this graph is on the meta device and has no weights to save")
-    held: set[int] = set()
-    written: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        written[name] = tensor.detach().clone() if memory in held else tensor.detach().contiguous()
-        held.add(memory)
-    (folder / GRAPH_FILE).parent.mkdir()
-    save_file(written, folder / GRAPH_FILE)
+    (folder / GRAPHS).mkdir()
+    save_file(apart(tensors), folder / GRAPHS / "tensors.safetensors")
     if record.config is not None:
         config = deepcopy(record.config)
         config.architectures = [record.model_class]
@@ -90,15 +84,15 @@ def load_graph(
     program = raise_lora(trace(hollow, known, dynamic=True))
     groups = AnalysisManager(program).get(FindGroups())
     sheared = shear_program(groups, plan)
-    tensors = _read(folder / GRAPH_FILE)
+    tensors = stored_tensors(folder / GRAPHS)
     empty = {name: torch.empty(p.type.shape, dtype=p.type.dtype, device="meta") for name, p in sheared.params.items()}
     made = graph_module(sheared, empty)
-    assert isinstance(made, ShearedGraph)
-    wanted = _tensors(made)
+    wanted = named_tensors(made)
     if wanted.keys() != tensors.keys() or any(wanted[n].shape != tensors[n].shape for n in wanted):
-        raise LoadError(f"{folder / GRAPH_FILE} does not hold the tensors that {PLAN_FILE} leaves")
+        raise LoadError(f"{folder / GRAPHS} does not hold the tensors that {PLAN_FILE} leaves")
     for name, old in wanted.items():
-        _put(made, name, tensors[name], old)
+        tensor = tensors[name]
+        put_tensor(made, [name], nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor)
     made.record = GraphRecord.of(hollow, plan, None if model is None else skeleton_of(model))
     made.eval()
     return made
@@ -116,31 +110,6 @@ def _hollow(model: nn.Module) -> nn.Module:
         for key, t in away.items()
     }
     return copied(model, made)
-
-
-def _tensors(graph: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, those that no state dict holds among them: a graph computes none of them anew."""
-    return {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with reasons():
-            require_regular(path)
-            # Clones: what a file maps has any alignment, and some kernels round by alignment.
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # the file is no mapping
-    except (Unreadable, SafetensorError) as failure:
-        raise LoadError(f"{path} is damaged: {failure}") from failure
-
-
-def _put(graph: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = graph.get_submodule(owner)
-    if isinstance(old, nn.Parameter):
-        module._parameters[leaf] = nn.Parameter(tensor, old.requires_grad)
-    else:
-        module._buffers[leaf] = tensor
 
 
 def _require_same(graph: ShearedGraph, again: ShearedGraph) -> None:

@@ -30,7 +30,7 @@ from shear_backends.store.record_file import (
     require_sheared,
     write_record,
 )
-from shear_backends.store.reread import cast, identity
+from shear_backends.store.reread import apart, cast, identity
 from shear_ir.errors import LoadError, PlanError, SaveError
 from shear_ir.frontend.adapter_files import base_of, load_adapter
 from shear_ir.frontend.base import has_adapters, plain_base
@@ -226,7 +226,6 @@ def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> Non
             raise SaveError(f"{type(model).__name__} refuses to be saved: {sentence(failure)}") from failure
         return
     tensors: dict[str, Tensor] = {}
-    held: set[int] = set()
     known: set[Any] = set()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
@@ -234,11 +233,8 @@ def _write(model: nn.Module, folder: Path, pretrained: bool, stock: bool) -> Non
         if (own := identity(tensor)) in known:
             continue
         known.add(own)
-        # A file holds no two tensors that see one memory, as a buffer may see a part of a parameter.
-        memory = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.detach().clone() if memory in held else tensor.detach().contiguous()
-        held.add(memory)
-    save_file(tensors, folder / WEIGHTS_FILE)
+        tensors[name] = tensor
+    save_file(apart(tensors), folder / WEIGHTS_FILE)
 
 
 @contextmanager

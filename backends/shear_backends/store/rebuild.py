@@ -45,7 +45,7 @@ def rebuilt(
     ``PlanError`` for another ``dense``.
     """
     small = hollow(folder, document, record, dense)
-    _fill(folder, small, _stored(folder) if weights else _headers(folder))
+    _fill(folder, small, stored_tensors(folder) if weights else _headers(folder))
     cast(small, document.casts)
     _adopt_today(folder, small)
     return small
@@ -172,7 +172,7 @@ def _resize(folder: Path, small: nn.Module, shapes: Mapping[str, Sequence[int]])
             raise LoadError(f"{folder / RECORD_FILE} gives {names[0]} two shapes at once")
         old = own[names[0]]
         new = torch.empty(tuple(resized[0]), dtype=old.dtype, device="meta")
-        _put(small, names, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        put_tensor(small, names, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 def _fill(folder: Path, small: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -184,7 +184,7 @@ def _fill(folder: Path, small: nn.Module, tensors: Mapping[str, Tensor]) -> None
     for names in shared:
         loaded = [name for name in names if name in tensors]
         if loaded and len(names) > 1:
-            _put(small, names, named_tensors(small)[loaded[0]])
+            put_tensor(small, names, named_tensors(small)[loaded[0]])
     twins = {name: set(names) for names in shared for name in names}
     missing = [n for n in found.missing_keys if not twins.get(n, set()) & tensors.keys()]
     if missing or found.unexpected_keys:
@@ -201,7 +201,8 @@ def _shared(model: nn.Module) -> list[list[str]]:
     return list(names.values())
 
 
-def _put(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+def put_tensor(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
+    """Let ``model`` have ``tensor`` under all of ``names``."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
@@ -211,7 +212,8 @@ def _put(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
             module._buffers[leaf] = tensor
 
 
-def _stored(folder: Path) -> dict[str, Tensor]:
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder by name; raises ``LoadError``."""
     try:
         # Clones: what a file maps has any alignment, and some kernels round by alignment.
         return {name: tensor.clone() for name, tensor in read_tensors(shards(folder))}

@@ -247,6 +247,17 @@ def identity(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` as a file can hold them: no two see one memory, as a buffer may see a part of a parameter."""
+    found: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.detach().clone() if memory in held else tensor.detach().contiguous()
+        held.add(memory)
+    return found
+
+
 def _begins_alike(mine: Tensor, theirs: Tensor) -> bool:
     """Whether a loaded tensor is what its file holds, as far as its first numbers tell; it is not read further."""
     few = 16

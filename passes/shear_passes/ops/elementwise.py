@@ -90,7 +90,7 @@ def _raised(base: float, exponent: float) -> float:
         return math.inf
 
 
-ANY_OF, ALL, FIRST, NEVER = Vanish.ANY, Vanish.ALL, Vanish.FIRST, Vanish.NEVER
+ANY_OF, ALL, FIRST = Vanish.ANY, Vanish.ALL, Vanish.FIRST
 SAME = grows(ZeroPlace.AT_ZERO)
 NO_ZERO = grows(ZeroPlace.NOWHERE)
 

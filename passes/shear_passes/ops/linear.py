@@ -21,6 +21,11 @@ def _of_linear(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[WeightedPr
     return [WeightedProduct(0, 1, -1, -2 if node.kwargs.get("transposed") else -1)]
 
 
+def _of_groups(node: fx.Node, rank: Callable[[fx.Node], int]) -> list[WeightedProduct]:
+    """The rows of a value, each times the matrix of its group."""
+    return [WeightedProduct(0, 1, -1, -2)]
+
+
 def _of_matrices(a: int, b: int) -> Callable[[fx.Node, Callable[[fx.Node], int]], list[WeightedProduct]]:
     """Either side of a product of matrices may be the weight."""
 
@@ -33,13 +38,12 @@ def _of_matrices(a: int, b: int) -> Callable[[fx.Node, Callable[[fx.Node], int]]
 
 traits("linear", products=_of_linear, scores=True, role=Role.LINEAR)
 traits("lora.linear", products=_of_linear)
-traits("mm bmm grouped_mm transformers.grouped_mm_fallback", factors=(0, 1))
-traits("addmm baddbmm", factors=(1, 2))
-traits("mm matmul", products=_of_matrices(0, 1), scores=True)
-traits("bmm", products=_of_matrices(0, 1))
-traits("addmm", products=_of_matrices(1, 2), scores=True)
-traits("baddbmm", products=_of_matrices(1, 2))
-traits("grouped_mm transformers.grouped_mm_fallback", products=lambda node, rank: [WeightedProduct(0, 1, -1, -2)])
+traits("mm", factors=(0, 1), products=_of_matrices(0, 1), scores=True)
+traits("bmm", factors=(0, 1), products=_of_matrices(0, 1))
+traits("matmul", products=_of_matrices(0, 1), scores=True)
+traits("addmm", factors=(1, 2), products=_of_matrices(1, 2), scores=True)
+traits("baddbmm", factors=(1, 2), products=_of_matrices(1, 2))
+traits("grouped_mm transformers.grouped_mm_fallback", factors=(0, 1), products=_of_groups)
 
 
 @rule(aten.linear.default)

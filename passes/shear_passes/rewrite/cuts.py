@@ -120,14 +120,6 @@ def removed(groups: Groups, cuts: Sequence[Cut]) -> Gone:
     return gone_with(groups.program, units)
 
 
-def removed_by(groups: Groups, plan: Plan) -> Gone:
-    """What goes with the blocks that a plan removes; raises ``PlanError`` where the plan says something else."""
-    found = removed(groups, plan.cuts)
-    if sorted(found.modules) != sorted(plan.gone):
-        raise PlanError("the plan contradicts itself: the modules that are gone are not those that its cuts remove")
-    return found
-
-
 @dataclass(frozen=True, eq=False)
 class CheckedPlan:
     """A plan as it applies to some groups, made once, where it was checked.
@@ -150,7 +142,7 @@ def checked(groups: Groups, plan: Plan) -> CheckedPlan:
     """``plan``, checked against ``groups``; raises ``PlanError``. Whoever asks next for the same two gets the same."""
     known: CheckedPlan | None = vars(groups).get(_CHECKED)
     if known is None or known.plan is not plan:
-        known = CheckedPlan(groups, plan, _checked_masks(groups, plan), removed_by(groups, plan))
+        known = CheckedPlan(groups, plan, *_checked(groups, plan))
         vars(groups)[_CHECKED] = known
     return known
 
@@ -159,15 +151,17 @@ _CHECKED = "_checked_plan"
 """Where groups keep the plan that was last checked against them."""
 
 
-def _checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
-    """The masks of a plan that may have been edited.
+def _checked(groups: Groups, plan: Plan) -> tuple[dict[Axis, Mask], Gone]:
+    """The masks of a plan that may have been edited, and what goes with its blocks.
 
     Raises ``PlanError`` unless it was made for these shapes and its index maps are those of its cuts.
     """
     plan.require(groups.program.digest)
     masks = masks_of(groups, plan.cuts)
     _require_aligned(groups, masks)
-    gone = removed_by(groups, plan)
+    gone = removed(groups, plan.cuts)
+    if sorted(gone.modules) != sorted(plan.gone):
+        raise PlanError("the plan contradicts itself: the modules that are gone are not those that its cuts remove")
     expected = _kept(groups, masks, gone)
     for name in dict.fromkeys((*expected, *plan.kept)):
         mine, given = expected.get(name, {}), plan.kept.get(name, {})
@@ -179,7 +173,7 @@ def _checked_masks(groups: Groups, plan: Plan) -> dict[Axis, Mask]:
         raise PlanError("the plan contradicts itself: its gains are not those of the normalised weights that it cuts")
     if gone.modules and _renames(plan.names) != _renames(groups.names_without(gone)):
         raise PlanError("the plan contradicts itself: its names are not those of the groups that are left")
-    return masks
+    return masks, gone
 
 
 def masks_of(groups: Groups, cuts: list[Cut] | tuple[Cut, ...]) -> dict[Axis, Mask]:

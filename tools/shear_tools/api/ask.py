@@ -26,7 +26,7 @@ def tuple_of(names: str | Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """The options of ``shear_ir.plan`` that say what goes; names may be given as one string. Raises ``PlanError``."""
+    """The options of ``shear_ir.plan`` that say what goes. Raises ``PlanError`` where that is nothing."""
 
     ratio: float | None = None
     blocks: tuple[str, ...] = ()
@@ -45,8 +45,6 @@ class Ask:
     knowledge: Mapping[str, Mapping[float, float]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "only", "skip", "kinds", "frozen"):
-            object.__setattr__(self, name, tuple_of(getattr(self, name)))
         if self.ratio is None and self.budget == "latency":
             raise PlanError("a budget of latency needs a ratio, a share of it")
         if self.ratio is None and not self.deep:

@@ -12,7 +12,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
-from shear_backends.graph.module import ShearedGraph, graph_module, named_tensors
+from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.graph.record import GraphRecord
 from shear_backends.module.adapted import gains_here, kept_here, merged, plan_of_base, routers_here, shear_adapted
 from shear_backends.module.adapters import require_lora
@@ -141,7 +141,6 @@ def shear(
 def _by_graph(model: nn.Module, plan: Plan, given: Inputs | None, merge: bool) -> nn.Module:
     found = groups(_program(model, given, dynamic=True))
     made = graph_module(shear_program(found, plan), _copies(model, found, plan))
-    assert isinstance(made, ShearedGraph)
     before: Record | None = vars(model).get(RECORD)
     by_config = of_transformers(model) and (before is None or before.stock)
     made.record = GraphRecord.of(model, plan, None if by_config else skeleton_of(model))
