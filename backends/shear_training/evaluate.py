@@ -97,8 +97,14 @@ def _read(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of one row."""
     with _measuring(model):
         output = model(input_ids=ids.to(_device(model)))
-    logits: Tensor = output.logits if hasattr(output, "logits") else output
-    return logits[0]
+    return _logits(output)[0]
+
+
+def _logits(output: Any) -> Tensor:
+    """Those of a model of transformers, of a graph, which returns a tuple, or of a module that returns nothing else."""
+    found = getattr(output, "logits", output)
+    logits: Tensor = found[0] if isinstance(found, (tuple, list)) else found
+    return logits
 
 
 def _require_causal(model: nn.Module, rows: Rows) -> None:
@@ -135,7 +141,7 @@ def _batch_loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device
     labels = batch.pop("labels")[:, 1:]
     feed = {name: tensor.to(device) for name, tensor in batch.items()}
     output = model(**feed)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output
+    logits = _logits(output)
     counts = int((labels != IGNORED).sum())
     # Row by row: the logits of a large vocabulary take more memory in float32 than the rest of the model.
     nll = [

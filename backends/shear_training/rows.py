@@ -13,6 +13,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from shear_ir.errors import LoadError
+from shear_ir.limits import bounded
 from shear_training.documents import Document, Turn
 
 IGNORED = -100
@@ -166,6 +168,11 @@ def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[tu
 
 def _templated(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """By the tokenizer's own template. Where that rewrites earlier turns, as some do, the last answer alone counts."""
+    with bounded("the chat template of the tokenizer"):
+        return _rendered(turns, tokenizer)
+
+
+def _rendered(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     for chosen in (answers, answers[-1:]):
@@ -187,4 +194,9 @@ def _templated(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], answering: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)  # type: ignore[return-value]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)  # type: ignore[return-value]
+    except (TemplateError, MemoryError):
+        raise
+    except Exception as failure:  # whatever a template may do with what it is given
+        raise LoadError(f"the chat template of the tokenizer fails: {type(failure).__name__}: {failure}") from failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from shear_ir.frontend.files import (
     refuse_other_weights,
 )
 from shear_ir.frontend.sentences import failures, quiet
+from shear_ir.limits import bounded
 from shear_ir.reading import Unreadable, document_in
 from shear_ir.writing import write_text
 
@@ -108,6 +110,23 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
+def _require_patterns(model: nn.Module, folder: Path) -> None:
+    """Raise ``LoadError`` for a regular expression of the adapter that is none, or takes longer than one may."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    whole = [config.get(name) for name in ("target_modules", "exclude_modules")]
+    keys = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or ()]
+    patterns = [one for one in whole if isinstance(one, str)] + [rf"(.*\.)?({key})$" for key in keys]
+    names = [name for name, _ in model.named_modules()] if patterns else []
+    with bounded(f"a pattern in {folder / ADAPTER_CONFIG}"):
+        for pattern in patterns:
+            try:
+                asked = re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as failure:
+                raise LoadError(f"{folder / ADAPTER_CONFIG}: {pattern[:80]!r} is no pattern: {failure}") from failure
+            for name in names:
+                asked.fullmatch(name)
+
+
 def _start(folder: Path) -> str:
     return str(read_json(folder / ADAPTER_CONFIG).get("init_lora_weights")).lower()
 
@@ -123,6 +142,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     names = adapter_tensors(folder)
     _require_repeatable(folder)
     _refuse_code(folder)
+    _require_patterns(model, folder)
     note = read_note(folder)
     if note is not None and (mine := base_digest(model)) != note.base_digest:
         raise LoadError(

@@ -264,6 +264,9 @@ def _adapters() -> list[Case]:
         *(Case(f"adapter: its base is {str(base)[:20]!r}", ADAPTER, changed(at, base_model_name_or_path=base), said)
           for base, said in bases),
         *(Case(f"adapter: {key} is {value}", ADAPTER, partial(raw, key, value)) for key, value in odd),
+        Case("adapter: a pattern that backtracks", ADAPTER, changed(at, target_modules="([a-z._0-9]+)+X"), "takes more than"),
+        Case("adapter: ranks by a pattern that backtracks", ADAPTER, changed(at, rank_pattern={"([a-z._0-9]+)+X": 4}), "takes more than"),
+        Case("adapter: ranks by no pattern", ADAPTER, changed(at, rank_pattern={"(": 4}), "is no pattern"),
         Case("adapter: of another base", ADAPTER, text(note, json.dumps(good)), "made for another base"),
         Case("adapter: a note without a digest", ADAPTER, text(note, json.dumps({**good, "base_digest": "x"})), "damaged"),
         Case("adapter: a note that is a pipe", ADAPTER, pipe(note), "damaged"),
@@ -459,11 +462,20 @@ def _knowledge() -> list[Case]:
 
 def _tokenizers() -> list[Case]:
     config, at = "model/tokenizer_config.json", "model/tokenizer.json"
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}_{% endfor %}{% endfor %}"
+    templates = [
+        ("loops", loops.replace("_", ""), "takes more than"),
+        ("is long", "{{ 'x' * 10**11 }}", "of memory"),
+        ("grows", loops.replace("_", "{{ 'x' * 10**8 }}"), "takes more than"),
+        ("fails", "{{ 1 // 0 }}", "ZeroDivisionError"),
+    ]
     return [
         *(Case(f"tokenizer: a length of {value!r}", EVAL, changed(config, model_max_length=value), "model_max_length")
           for value in ("long", -1, 0, [5])),
         Case("tokenizer: a length that is no number", EVAL, changed(config, model_max_length=float("nan")), "nan"),
         Case("tokenizer: a template of half a letter", EVAL, changed(config, chat_template="\ud800"), "Unicode"),
+        *(Case(f"tokenizer: a template that {what}", DATA, changed(config, chat_template=template), said)
+          for what, template, said in templates),
         Case("tokenizer: no tokenizer", EVAL, _both(gone(at), gone(config)), "tokenizer"),
         Case("tokenizer: another version", EVAL, text(at, '{"version": "9.0"}'), "tokenizer"),
         Case("tokenizer: a model that is none", EVAL, changed(at, model={"type": "Evil"}), "tokenizer"),

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = [
     ROOT / "shear_ir",
@@ -77,3 +79,10 @@ def test_every_public_name_is_importable() -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert [path for path, tree in modules(*PACKAGES, TOOLS) if not ast.get_docstring(tree)] == []
+
+
+def test_workers_are_given_whole_groups_of_tests(request: pytest.FixtureRequest) -> None:
+    # Without a sound they are given tests one by one where pytest and xdist do not know each other, and trace all anew.
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("one worker, or none that were asked to keep groups together")
+    assert request.node.nodeid.endswith(f"@{request.path}")

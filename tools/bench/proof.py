@@ -3,10 +3,13 @@
     python tools/bench/proof.py                       # all of them; about half an hour on two cores
     python tools/bench/proof.py --only 'causal/*'     # goes on where it was; --again measures anew
     python tools/bench/proof.py --table               # the table of what is there, nothing is run
+    python tools/bench/proof.py --stock               # cut so that stock classes load it: docs/coverage/stock.md
 
 Every architecture is built tiny and random, cut in channels and heads by the module backend, in float32 and in
-bfloat16, and compared with the masked original by numbers; proof by structure is asked for each. Each runs in a
-process of its own, and its answer is kept as a file.
+bfloat16, and compared with the masked original by numbers; proof by structure is asked for each. Many a class has no
+number in its config for heads that are fewer than the hidden size says: ``--stock`` cuts each by the default plan
+instead, or by ffn, experts or heads alone, whichever comes first that a config can say, and asks structure alone.
+Each runs in a process of its own, and its answer is kept as a file.
 """
 
 from __future__ import annotations
@@ -31,10 +34,15 @@ Answer = Mapping[str, Any]
 console = Console()
 
 
-def stages(name: str, numbers: bool = True) -> Iterator[dict[str, Any]]:
+KINDS: tuple[dict[str, Any], ...] = ({}, {"kinds": ("ffn",)}, {"kinds": ("expert",)}, {"kinds": ("kv_head",)})
+"""What is asked for so that a stock class can load what is left: all that the default takes, then one kind."""
+
+
+def stages(name: str, numbers: bool = True, stock: bool = False) -> Iterator[dict[str, Any]]:
     """The answer about one architecture, as it grows; ``done`` says that there is no more.
 
-    ``numbers``: compare with the masked original too, in both precisions; structure alone needs neither.
+    ``numbers``: compare with the masked original too, in both precisions; structure alone needs neither. ``stock``: cut
+    what leaves a stock model, see ``KINDS``.
     """
     import torch
 
@@ -47,12 +55,44 @@ def stages(name: str, numbers: bool = True) -> Iterator[dict[str, Any]]:
         if refusal:
             raise coverage_one.NotBuilt(refusal)
         yield answer
-        for dtype in (torch.float32, torch.bfloat16) if numbers else (torch.float32,):
-            answer[str(dtype).removeprefix("torch.")] = _cut(model.to(dtype), numbers)
+        for dtype in (torch.float32, torch.bfloat16) if numbers and not stock else (torch.float32,):
+            made = _cut_stock(model) if stock else _cut(model.to(dtype), numbers)
+            answer[str(dtype).removeprefix("torch.")] = made
             yield answer
     except Exception as failure:  # what the table has to say of it
         answer["failure"] = coverage_one.line(failure)
     yield answer | {"done": True}
+
+
+def _cut_stock(model: Any) -> dict[str, Any]:
+    """Cut ``model`` by the first plan of ``KINDS`` that leaves a stock model."""
+    import shear_ir as sir
+    from bench.coverage_one import line
+    from shear_backends.module.stock import Stock
+
+    refused = "nothing to cut"
+    try:
+        program = sir.trace(model)
+        found = sir.groups(program)
+        stock = Stock(model, found)
+        for kinds in KINDS:
+            try:
+                plan = sir.plan(program, ratio=0.2, **kinds)
+            except sir.PlanError as failure:
+                refused = line(failure)
+                continue
+            why = stock.why_not({found.by_name[cut.group]: len(cut.kept) for cut in plan.cuts})
+            if why:
+                refused = f"no config says what is left: {why}"
+                continue
+            record: Any = sir.shear(model, plan).shear_record
+            if record.stock:
+                return {"stock": True, "structure": record.proof.equal, "lengths": record.proof.lengths,
+                        "why": record.proof.why, "kinds": sorted({found.by_name[cut.group].kind for cut in plan.cuts})}  # fmt: skip
+            refused = "the config says what is left, and the class computes something else"
+    except sir.ShearError as failure:
+        refused = line(failure)
+    return {"refused": refused}
 
 
 def _cut(model: Any, numbers: bool) -> dict[str, Any]:
@@ -85,13 +125,13 @@ def _cut(model: Any, numbers: bool) -> dict[str, Any]:
         return {"refused": line(failure)}
 
 
-def answer_to(name: str, memory: int, pipe: Any, numbers: bool = True) -> None:
+def answer_to(name: str, memory: int, pipe: Any, numbers: bool = True, stock: bool = False) -> None:
     """Send what is known of ``name`` after every stage."""
     from bench import coverage_one
 
     coverage_one._limits(memory)
     start = time.process_time()
-    for answer in stages(name, numbers):
+    for answer in stages(name, numbers, stock):
         pipe.send(answer | {"seconds": time.process_time() - start})
     pipe.close()
 
@@ -125,6 +165,28 @@ def markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int)
     return "\n".join([*lines, *table(header, [_row(a) for a in answers]), ""])
 
 
+def stock_markdown(answers: Sequence[Answer], versions: Mapping[str, str], total: int) -> str:
+    """The page of ``--stock``: the counts, then a row for each architecture."""
+    from bench.coverage import table
+
+    stock = [a for a in answers if a.get("float32", {}).get("stock")]
+    said = ", ".join(f"{k} {v}" for k, v in versions.items())
+    lines = [
+        "# What decides where a stock class loads the result",
+        "",
+        f"Made by `tools/bench/proof.py --stock` ({said}); every model tiny and random, cut by the default plan of a",
+        "fifth of its parameters or, where no config of the class says what that leaves, by ffn, experts or heads alone.",
+        "",
+        f"- {len(answers)} of {total} architectures were tried, {len(stock)} of them are stock in one of these cuts",
+        f"- decided by structure: {sum(1 for a in stock if a['float32']['structure'])} of these {len(stock)}",
+        "",
+    ]
+    header = ("architecture", "class", "decided by", "lengths", "cut", "why not")
+    rows = [[r[0], r[1], r[2], r[3], ", ".join(a.get("float32", {}).get("kinds", ())), r[7]]
+            for a in answers for r in [_row(a)]]  # fmt: skip
+    return "\n".join([*lines, *table(header, rows), ""])
+
+
 def _row(answer: Answer) -> list[str]:
     single, half = answer.get("float32", {}), answer.get("bfloat16", {})
     why = answer.get("failure") or single.get("refused") or single.get("why", "")
@@ -154,6 +216,7 @@ def main(
     memory: Annotated[int, typer.Option(help="GiB for each.")] = 6,
     again: Annotated[bool, typer.Option("--again", help="Measure finished ones anew.")] = False,
     numbers: Annotated[bool, typer.Option(help="Compare by numbers, too, in both precisions.")] = True,
+    stock: Annotated[bool, typer.Option("--stock", help="Cut what leaves stock models; writes stock.md.")] = False,
     only_table: Annotated[bool, typer.Option("--table", help="Run nothing.")] = False,
 ) -> None:
     """Measure what is missing, then write the table."""
@@ -163,10 +226,10 @@ def main(
     prepare()
     everything = coverage_one.names()
     chosen = [n for n in everything if not only or any(fnmatch.fnmatch(n, glob) for glob in only)]
-    store = Store(out)
+    store = Store(out / "stock" if stock else out)
     missing = [] if only_table else [n for n in chosen if again or store.get(n) is None]
     try:
-        for answer in run_all(missing, jobs, limit, memory, partial(proof.answer_to, numbers=numbers)):
+        for answer in run_all(missing, jobs, limit, memory, partial(proof.answer_to, numbers=numbers, stock=stock)):
             store.put(answer)
             console.print(" ".join(_row(answer)), markup=False, highlight=False)
     except KeyboardInterrupt:
@@ -174,8 +237,9 @@ def main(
         raise typer.Exit(130) from None
     answers: list[Answer] = [kept for n in everything if (kept := store.get(n)) is not None]
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "proof.md").write_text(markdown(answers, store.versions, len(everything)), encoding="utf-8")
-    console.print("\n".join(markdown(answers, store.versions, len(everything)).splitlines()[:12]), markup=False)
+    page = (stock_markdown if stock else markdown)(answers, store.versions, len(everything))
+    (docs / ("stock.md" if stock else "proof.md")).write_text(page, encoding="utf-8")
+    console.print("\n".join(page.splitlines()[:12]), markup=False)
 
 
 if __name__ == "__main__":
