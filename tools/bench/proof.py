@@ -87,8 +87,9 @@ def _cut_stock(model: Any) -> dict[str, Any]:
                 continue
             record: Any = sir.shear(model, plan).shear_record
             if record.stock:
+                cut = sorted({found.by_name[cut.group].kind for cut in plan.cuts})
                 return {"stock": True, "structure": record.proof.equal, "lengths": record.proof.lengths,
-                        "why": record.proof.why, "kinds": sorted({found.by_name[cut.group].kind for cut in plan.cuts})}  # fmt: skip
+                        "why": record.proof.why, "kinds": cut}  # fmt: skip
             refused = "the config says what is left, and the class computes something else"
     except sir.ShearError as failure:
         refused = line(failure)
@@ -174,8 +175,9 @@ def stock_markdown(answers: Sequence[Answer], versions: Mapping[str, str], total
     lines = [
         "# What decides where a stock class loads the result",
         "",
-        f"Made by `tools/bench/proof.py --stock` ({said}); every model tiny and random, cut by the default plan of a",
-        "fifth of its parameters or, where no config of the class says what that leaves, by ffn, experts or heads alone.",
+        f"Made by `tools/bench/proof.py --stock` ({said}); every model tiny and random, cut by the default plan of",
+        "a fifth of its parameters or, where no config of the class says what that leaves, by ffn, experts or heads",
+        "alone.",
         "",
         f"- {len(answers)} of {total} architectures were tried, {len(stock)} of them are stock in one of these cuts",
         f"- decided by structure: {sum(1 for a in stock if a['float32']['structure'])} of these {len(stock)}",
