@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
@@ -96,8 +96,20 @@ def require_readable(model: nn.Module, sources: Mapping[str, Source | Rows]) -> 
 def _read(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits of one row."""
     with _measuring(model):
-        output = model(input_ids=ids.to(_device(model)))
+        output = model(**_fed(model, {"input_ids": ids}, _device(model)))
     return _logits(output)[0]
+
+
+def _fed(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What ``model`` reads of a batch: a graph takes what it was traced with, no more and no less.
+
+    A mask makes no difference to what is counted: padding is on the right, and no causal model looks there.
+    """
+    if isinstance(model, fx.GraphModule):
+        names = [str(node.target) for node in model.graph.find_nodes(op="placeholder")]
+        batch = {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
+        batch = {name: batch[name] for name in names if name in batch}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _logits(output: Any) -> Tensor:
@@ -139,8 +151,7 @@ def evaluate_sources(
 
 def _batch_loss(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> tuple[float, int]:
     labels = batch.pop("labels")[:, 1:]
-    feed = {name: tensor.to(device) for name, tensor in batch.items()}
-    output = model(**feed)
+    output = model(**_fed(model, batch, device))
     logits = _logits(output)
     counts = int((labels != IGNORED).sum())
     # Row by row: the logits of a large vocabulary take more memory in float32 than the rest of the model.

@@ -49,6 +49,17 @@ def test_padding_and_batches_do_not_change_the_loss(family: str, batch: int) -> 
     assert found.perplexity == pytest.approx(math.exp(expected.nll), rel=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_graph_has_the_loss_of_the_modules(masked: bool) -> None:
+    model, made = FAMILIES["llama_gqa"](), rows(13, 5, 9)
+    ids = torch.randint(3, 60, (3, 7))
+    inputs = {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+    plan = sir.plan(sir.trace(model, inputs), ratio=0.2, importance="random")
+    small, graph = (sir.shear(model, plan, inputs=inputs, backend=name) for name in ("module", "graph"))
+    assert evaluate(graph, made).nll == pytest.approx(evaluate(small, made).nll, rel=1e-5)
+    require_readable(graph, {"texts": made})
+
+
 def test_the_prompt_does_not_count() -> None:
     model, made = FAMILIES["llama_gqa"](), rows(13, 9, prompt=4)
     assert evaluate(model, made).tokens == 14
