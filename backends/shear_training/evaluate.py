@@ -100,6 +100,14 @@ def _read(model: nn.Module, ids: Tensor) -> Tensor:
     return _logits(output)[0]
 
 
+def require_numbers(losses: Mapping[str, Loss], whose: str) -> None:
+    """Raise ``PlanError`` where a loss of the model ``whose`` is not a number, as after steps that were too large."""
+    bad = next((name for name, loss in losses.items() if math.isnan(loss.nll)), None)
+    if bad is not None:
+        raise PlanError(f"the loss of the {whose} model on {bad} is not a number" + (
+            "" if whose == "dense" else ": training diverged, and a lower lr may help"))  # fmt: skip
+
+
 def _fed(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """What ``model`` reads of a batch: a graph takes what it was traced with, no more and no less.
 

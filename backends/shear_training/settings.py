@@ -13,6 +13,9 @@ from shear_ir.errors import PlanError
 # They say where and how often, or what is done with the result: none of them changes what a round computes.
 _NOT_IN_DIGEST = ("device", "merge", "save_steps")
 
+_MOST = 1e6
+"""No step is that large on purpose, and what AdamW makes of a much larger rate is no number in single precision."""
+
 
 @dataclass(frozen=True)
 class Recovery:
@@ -72,6 +75,10 @@ class Recovery:
                 raise PlanError(f"{name} of a recovery is a positive number, not {value}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
             raise PlanError(f"weight_decay of a recovery is a number from 0 up, not {self.weight_decay}")
+        for name in ("lr", "alpha", "weight_decay"):
+            value = getattr(self, name)
+            if value > _MOST:
+                raise PlanError(f"{name} of a recovery is at most {_MOST:,.0f}, not {value}")
         if not 0 <= self.seed < 2**31:
             raise PlanError(f"seed of a recovery is a whole number from 0 to 2**31 - 1, not {self.seed}")
         self._check_names()

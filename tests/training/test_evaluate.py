@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 import shear_ir as sir
 from shear_ir.errors import PlanError
 from shear_training.data import Source
-from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_readable
+from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_numbers, require_readable
 from shear_training.rows import Rows, stacked
 from tests.training.tiny import adapted
 from tests.zoo import FAMILIES
@@ -149,3 +149,12 @@ def small_t5() -> nn.Module:
 def test_a_model_that_cannot_read_the_rows_is_refused(make: Callable[[], nn.Module], said: str) -> None:
     with pytest.raises(PlanError, match=said):
         require_readable(make(), {"a": rows(13, 9)})
+
+
+def test_a_loss_that_is_no_number_is_told_with_what_may_help() -> None:
+    bad = {"texts": Loss(1.0, 5), "code": Loss(math.nan, 5)}
+    with pytest.raises(PlanError, match=r"the loss of the pruned model on code is not a number: training diverged"):
+        require_numbers(bad, "pruned")
+    with pytest.raises(PlanError, match=r"the dense model on code is not a number$"):
+        require_numbers(bad, "dense")
+    require_numbers({"texts": Loss(math.inf, 5)}, "pruned")

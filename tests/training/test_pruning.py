@@ -176,6 +176,7 @@ def test_where_and_how_often_to_save_is_no_part_of_the_digest() -> None:
     [
         ({"criteria": {"luck": 1.0}}, "luck"),
         ({"periods": 0}, "there is at least one period of one step, not 0 of 2"),
+        ({"lr": 1e38}, "lr of a recovery is at most 1,000,000, not 1e.38"),
         ({"lr": -1.0}, "lr of a recovery is a positive number, not -1.0"),
         ({"batch": 0}, "batch of a recovery is at least 1, not 0"),
     ],

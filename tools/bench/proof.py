@@ -70,7 +70,7 @@ def _cut_stock(model: Any) -> dict[str, Any]:
     from bench.coverage_one import line
     from shear_backends.module.stock import Stock
 
-    refused = "nothing to cut"
+    refused = ""  # the first of the reasons: it is about all that may go
     try:
         program = sir.trace(model)
         found = sir.groups(program)
@@ -79,18 +79,18 @@ def _cut_stock(model: Any) -> dict[str, Any]:
             try:
                 plan = sir.plan(program, ratio=0.2, **kinds)
             except sir.PlanError as failure:
-                refused = line(failure)
+                refused = refused or line(failure)
                 continue
             why = stock.why_not({found.by_name[cut.group]: len(cut.kept) for cut in plan.cuts})
             if why:
-                refused = f"no config says what is left: {why}"
+                refused = refused or f"no config says what is left: {why}"
                 continue
             record: Any = sir.shear(model, plan).shear_record
             if record.stock:
                 cut = sorted({found.by_name[cut.group].kind for cut in plan.cuts})
                 return {"stock": True, "structure": record.proof.equal, "lengths": record.proof.lengths,
                         "why": record.proof.why, "kinds": cut}  # fmt: skip
-            refused = "the config says what is left, and the class computes something else"
+            refused = refused or "the config says what is left, and the class computes something else"
     except sir.ShearError as failure:
         refused = line(failure)
     return {"refused": refused}

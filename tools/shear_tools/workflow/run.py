@@ -34,7 +34,7 @@ from shear_tools.workflow.report import write_report
 from shear_tools.workflow.stages import run_stages, stage_settings
 from shear_tools.workflow.work import Work, alone, digest_of, place_of
 from shear_training.data import DataConfig, Source, SourceProgress, load_data, prepare
-from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_readable
+from shear_training.evaluate import Loss, evaluate, evaluate_sources, require_numbers, require_readable
 from shear_training.journal import weights_digest
 from shear_training.knowledge import Knowledge, candidates, frozen_count, measure_knowledge
 from shear_training.lora import require_rank
@@ -155,6 +155,7 @@ class _Run:
 
         def make() -> dict[str, Any]:
             found = evaluate_sources(model, self.sources, **self._measuring(), progress=self.progress)
+            require_numbers(found, name)
             written = self._sample(model) if self.state.is_main_process else ""
             return {"losses": {n: asdict(loss) for n, loss in found.items()}, "sample": written}
 
