@@ -32,7 +32,7 @@ def choose(
     for kind in kinds:
         of_kind = [g for g in groups if g.kind == kind]
         if not of_kind and tuple(kinds) != DEFAULT_KINDS:
-            raise PlanError(f"the model has no {kind} groups; it has {', '.join(sorted(known))}")
+            raise PlanError(f"the model has no {kind or 'nameless'} groups; it has {', '.join(sorted(known))}")
         lifted = tuple(kinds) != DEFAULT_KINDS
         able = [g for g in of_kind if g.prunable or (lifted and g.rescalable)]
         if of_kind and not able and lifted:
