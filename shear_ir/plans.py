@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shear_ir.axes import Indices
 from shear_ir.errors import PlanError
+from shear_ir.paths import last, parent
 from shear_ir.reading import Unreadable, document_of, text_in
 from shear_ir.writing import write_text
 
@@ -215,7 +216,7 @@ def renumbered(path: str, gone: Collection[str]) -> str | None:
         here = f"{up}.{part}" if up else part
         if here in gone:
             return None
-        before = [g for g in gone if g.rpartition(".")[0] == up and part.isdigit() and int(_last(g)) < int(part)]
+        before = [g for g in gone if parent(g) == up and part.isdigit() and int(last(g)) < int(part)]
         parts.append(str(int(part) - len(before)) if before else part)
         up = here
     return ".".join(parts)
@@ -226,7 +227,7 @@ def original(path: str, gone: Collection[str]) -> str:
     up = ""
     for part in path.split("."):
         if part.isdigit():
-            for number in sorted(int(_last(g)) for g in gone if g.rpartition(".")[0] == up):
+            for number in sorted(int(last(g)) for g in gone if parent(g) == up):
                 part = str(int(part) + (number <= int(part)))
         up = f"{up}.{part}" if up else part
     return up
@@ -235,10 +236,6 @@ def original(path: str, gone: Collection[str]) -> str:
 def natural(path: str) -> tuple[tuple[bool, int, str], ...]:
     """A key that sorts paths with their numbers as numbers."""
     return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split("."))
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def intervals(indices: Indices) -> list[list[int]]:

@@ -136,7 +136,7 @@ def reasons() -> Iterator[None]:
         raise Unreadable(str(failure) or type(failure).__name__) from failure
 
 
-def inside(folder: Path, file: Path) -> bool:
+def contains(folder: Path, file: Path) -> bool:
     """Whether ``file`` lies in ``folder`` when all links are followed, or in the hub's cache, in its repository."""
     folder = folder.resolve()
     in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from shear_ir.frontend.unchanged import copied
+from shear_ir.paths import split
 
 Names = Mapping[str, tuple[str, ...]]
 
@@ -70,9 +71,9 @@ def plain_base(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     base = copied(_root(model), memo)
     for path, _, module in list(_walk((("", base),), "")):
-        parent, _, child = path.rpartition(".")
-        if path and base.get_submodule(parent)._modules[child] is not module:
-            setattr(base.get_submodule(parent), child, module)
+        above, child = split(path)
+        if path and base.get_submodule(above)._modules[child] is not module:
+            setattr(base.get_submodule(above), child, module)
     # What PEFT leaves on the model itself would make others take it for adapted.
     for name in ("peft_config", "_hf_peft_config_loaded"):
         vars(base).pop(name, None)

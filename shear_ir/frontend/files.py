@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from shear_ir.errors import LoadError
-from shear_ir.reading import DOCUMENT, Unreadable, inside, json_in, require_regular
+from shear_ir.reading import DOCUMENT, Unreadable, contains, json_in, require_regular
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -152,7 +152,7 @@ def _sharded(folder: Path) -> dict[Path, frozenset[str]]:
 
 def _shard(index: Path, name: str) -> Path:
     path = index.parent / name
-    if not inside(index.parent, path) or ".." in Path(name).parts or Path(name).is_absolute():
+    if not contains(index.parent, path) or ".." in Path(name).parts or Path(name).is_absolute():
         raise LoadError(f"{index} names the shard {name}, which lies outside of the folder")
     if not path.is_file():
         raise LoadError(f"{index} names the shard {name}, which is not there")

@@ -25,6 +25,7 @@ from shear_ir.frontend.feeds import call, tensors_in, uncached
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
 from shear_ir.nodes import module_path
+from shear_ir.paths import parent
 from shear_ir.program import Held, Program
 
 
@@ -46,10 +47,10 @@ def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
     for name, parameter in model.named_parameters():
         if name in read:
             continue
-        path = name.rpartition(".")[0]
+        path = parent(name)
         adapts = _is_adapter(model.get_submodule(path))
         while path and path not in running:
-            path = path.rpartition(".")[0]
+            path = parent(path)
             adapts = adapts or _is_adapter(model.get_submodule(path))
         if adapts:  # what an adapter stands in for, and those that are not active, follow it
             continue

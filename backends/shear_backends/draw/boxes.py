@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import fx
 
 from shear_backends.draw.composed import composed_parts
-from shear_backends.draw.model import Box, Row, inside, parent
+from shear_backends.draw.model import Box, Row
 from shear_ir.axes import atoms
 from shear_ir.nodes import module_path
+from shear_ir.paths import inside, last, parent, split
 from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group, Groups
 
@@ -60,7 +61,7 @@ class Boxes:
             for use in uses:
                 tied = uses[0] if use != uses[0] else ""
                 part = self._parts.get(use)
-                row = Row((part.name if part else use.rpartition(".")[2],), (param,), groups.axes.of_param[name], tied)
+                row = Row((part.name if part else last(use),), (param,), groups.axes.of_param[name], tied)
                 _merge(rows.setdefault(self._path(use), []), row, groups)
         return {path: self._box(path, tuple(found)) for path, found in rows.items()}
 
@@ -74,8 +75,8 @@ class Boxes:
 
 def title(program: Program, path: str) -> str:
     """The last part of a path, with the container before it: ``layers.0``."""
-    up, _, last = path.rpartition(".")
-    return f"{title(program, up)}.{last}" if up and is_container(program, up) else last
+    up, part = split(path)
+    return f"{title(program, up)}.{part}" if up and is_container(program, up) else part
 
 
 def is_container(program: Program, path: str) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from shear_backends.draw.model import inside, parent
 from shear_ir.nodes import module_path
+from shear_ir.paths import inside, parent
 from shear_ir.program import Program
 from shear_passes.analysis.lora import Composed, find_lora
 from shear_passes.ops.registry import op_name

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from shear_backends.draw.boxes import Boxes
-from shear_backends.draw.model import Item, Op, OpKind, inside
+from shear_backends.draw.model import Item, Op, OpKind
 from shear_ir.axes import Dims, atoms
 from shear_ir.nodes import module_path, source_line
+from shear_ir.paths import inside
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import Groups
 from shear_passes.ops.registry import op_name

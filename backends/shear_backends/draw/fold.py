@@ -10,9 +10,10 @@ import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from shear_backends.draw.model import Box, Item, Line, parent
+from shear_backends.draw.model import Box, Item, Line
 from shear_ir.axes import Axis, atoms, show
 from shear_ir.errors import ShearError
+from shear_ir.paths import split
 from shear_ir.printer import numbers
 from shear_passes.analysis.find_groups import Groups
 
@@ -53,7 +54,7 @@ class Folding:
 
     def stands_for(self, path: str) -> tuple[int, ...]:
         """The numbers of the blocks that the representative at ``path`` stands for; empty for an unfolded one."""
-        up, number = parent(path), path.rpartition(".")[2]
+        up, number = split(path)
         run = self._run(up, int(number)) if number.isdigit() else None
         return run.like(int(number)) if run else ()
 

@@ -93,13 +93,3 @@ class Cluster:
                 yield from part.items()
             else:
                 yield part
-
-
-def inside(path: str, module: str) -> bool:
-    """Whether ``path`` is ``module`` or lies in it."""
-    return not module or path == module or path.startswith(module + ".")
-
-
-def parent(path: str) -> str:
-    """The path without its last part."""
-    return path.rpartition(".")[0]

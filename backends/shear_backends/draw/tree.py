@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from shear_backends.draw.boxes import is_container, title
 from shear_backends.draw.fold import Folding
-from shear_backends.draw.model import Box, Cluster, Item, parent
+from shear_backends.draw.model import Box, Cluster, Item
+from shear_ir.paths import parent
 from shear_ir.printer import numbers
 from shear_ir.program import Program
 

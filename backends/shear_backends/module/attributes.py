@@ -23,6 +23,7 @@ from shear_ir.axes import Axis, Dim, Mask, Product, evaluate, product, resolve
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.nodes import module_path
+from shear_ir.paths import parent, split
 from shear_passes.analysis.find_groups import Groups
 
 AttributeSite = tuple[Any, ...]
@@ -84,7 +85,7 @@ def apply_attributes(model: nn.Module, overrides: Overrides) -> None:
     for path, values in overrides.items():
         module = model.get_submodule(path)
         for name, value in values.items():
-            owner, _, leaf = name.rpartition(".")
+            owner, leaf = split(name)
             if owner:
                 # The config is every module's: one that lives by other values gets a copy of its own.
                 setattr(module, owner, copy.copy(getattr(module, owner)))
@@ -114,13 +115,13 @@ class _Sites:
         self.inner: dict[str, SizesBySite] = {}
         self.below: dict[str, SizesBySite] = {}
         for name, dims in groups.axes.of_param.items():
-            path, _, leaf = name.rpartition(".")
+            path, leaf = split(name)
             self._put(self.own, path, ("own", leaf), dims)
             made = _parametrized(model, name)
             if made is not None:
                 self._put(self.own, made[0], ("own", made[1]), dims)
-            parent, _, child = path.rpartition(".")
-            self._put(self.below, parent, ("below", child, leaf), dims)
+            above, child = split(path)
+            self._put(self.below, above, ("below", child, leaf), dims)
         ordinals: dict[str, int] = {}
         for node in groups.program.calls():
             path = module_path(node)
@@ -277,7 +278,7 @@ def _parametrized(model: nn.Module, name: str) -> tuple[str, str] | None:
     if not found or not leaf.startswith("original"):
         return None
     module = model.get_submodule(owner)
-    stored = getattr(model.get_submodule(name.rpartition(".")[0]), leaf)
+    stored = getattr(model.get_submodule(parent(name)), leaf)
     return (owner, tensor) if getattr(module, tensor).shape == stored.shape else None
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from shear_backends.module.config_builds import built_shapes
 from shear_ir.errors import PlanError
 from shear_ir.frontend.unchanged import copied
+from shear_ir.paths import split
 
 
 def with_biases(model: nn.Module, weights: Collection[str]) -> nn.Module:
@@ -39,7 +40,7 @@ def with_biases(model: nn.Module, weights: Collection[str]) -> nn.Module:
     made: Any = copied(model)
     made.config = config
     for name, shape in added.items():
-        owner, _, leaf = name.rpartition(".")
+        owner, leaf = split(name)
         module = made.get_submodule(owner)
         like = next(module.parameters())
         setattr(module, leaf, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))

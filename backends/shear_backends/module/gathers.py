@@ -19,6 +19,7 @@ from shear_ir.errors import ShearingError
 from shear_ir.frontend.feeds import tensors_in
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.nodes import module_path
+from shear_ir.paths import inside
 from shear_passes.analysis.find_groups import Groups
 
 
@@ -114,7 +115,7 @@ def _crossings(groups: Groups, masks: Mapping[Axis, Mask]) -> Iterator[tuple[fx.
 def _outermost(reader: fx.Node, maker: str) -> str | None:
     """The highest module called on the way to ``reader`` that does not contain ``maker``; None when there is none."""
     for path, _ in (reader.meta.get("nn_module_stack") or {}).values():
-        if path and maker != path and not maker.startswith(path + "."):
+        if path and not inside(maker, path):
             return str(path)
     return None
 

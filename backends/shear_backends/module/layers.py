@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shear_ir.errors import ShearingError
+from shear_ir.paths import split
 from shear_ir.plans import original, renumbered
 
 FieldPath = tuple[str | int, ...]
@@ -27,7 +28,7 @@ def staying(model: nn.Module, gone: Sequence[str]) -> Lists:
     """The lists that lose layers, with what stays; raises ``ShearingError`` for what is in no list of modules."""
     found: Lists = {}
     for path in gone:
-        up, _, number = path.rpartition(".")
+        up, number = split(path)
         holder = model.get_submodule(up)
         if not isinstance(holder, nn.ModuleList | nn.Sequential):
             raise ShearingError(f"{path} is in no list of modules that could close the gap: use the graph backend")

@@ -9,6 +9,7 @@ from torch import nn
 
 from shear_backends.graph.module import named_tensors
 from shear_ir.frontend.unchanged import copied
+from shear_ir.paths import last, parent
 
 
 def untied(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, int]:
@@ -21,7 +22,7 @@ def untied(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, int]:
     added = 0
     for name in names:
         twins = [twin for twin, tensor in own.items() if tensor is own[name]]
-        places = [(small.get_submodule(twin.rpartition(".")[0]), twin.rpartition(".")[2]) for twin in twins]
+        places = [(small.get_submodule(parent(twin)), last(twin)) for twin in twins]
         readers = [(module, leaf) for module, leaf in places if not isinstance(module, nn.Embedding)]
         if len(readers) == len(places):  # no embedding among them: the first keeps the tensor
             readers = readers[1:]

@@ -38,7 +38,7 @@ from shear_ir.frontend.files import ADAPTER_CONFIG
 from shear_ir.frontend.load import load_model, quiet, require_finite
 from shear_ir.frontend.sentences import sentence
 from shear_ir.plans import Plan
-from shear_ir.reading import inside
+from shear_ir.reading import contains
 from shear_ir.writing import write_text
 
 WEIGHTS_FILE = "model.safetensors"
@@ -256,7 +256,7 @@ def carry(source: Path, folder: Path) -> None:
             if str(name) in _OURS or name.name.endswith(".index.json") or name.suffix in _NEVER:
                 continue
             # A link may lead to anything of the user's: nothing from outside of the folder goes into the result.
-            if not inside(source, file) or not file.is_file():
+            if not contains(source, file) or not file.is_file():
                 continue
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, folder / name)

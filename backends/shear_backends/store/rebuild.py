@@ -22,6 +22,7 @@ from shear_ir.frontend.files import CONFIG, read_header, read_json, refuse_kerne
 from shear_ir.frontend.inputs import example_inputs
 from shear_ir.frontend.sentences import failures
 from shear_ir.frontend.unchanged import copied
+from shear_ir.paths import split
 from shear_ir.plans import original
 
 _LARGEST = 2**24
@@ -95,7 +96,7 @@ def _check(folder: Path, dense: nn.Module, record: Record) -> None:
     for path, values in record.attributes.items():
         module = _submodule(folder, dense, path, record.plan.gone)
         for name, value in values.items():
-            owner, _, leaf = name.rpartition(".")
+            owner, leaf = split(name)
             holder = getattr(module, owner, None) if owner else module
             known = vars(holder).get(leaf) if owner in ("", "config") and holder is not None else None
             sizes = value if isinstance(value, list | tuple) else [value]
@@ -204,7 +205,7 @@ def _shared(model: nn.Module) -> list[list[str]]:
 def put_tensor(model: nn.Module, names: Sequence[str], tensor: Tensor) -> None:
     """Let ``model`` have ``tensor`` under all of ``names``."""
     for name in names:
-        path, _, leaf = name.rpartition(".")
+        path, leaf = split(name)
         module = model.get_submodule(path)
         if isinstance(tensor, nn.Parameter):
             module._parameters[leaf] = tensor

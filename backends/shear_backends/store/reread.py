@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from shear_backends.graph.module import named_tensors
+from shear_ir.paths import split
 
 _HELD = 64 * 2**20
 """How many bytes of a file are read before its mapping is given back."""
@@ -65,7 +66,7 @@ def casts(model: nn.Module, again: nn.Module) -> dict[str, str]:
 def cast(model: nn.Module, kinds: Mapping[str, str]) -> None:
     """Give computed buffers the precision that ``casts`` found."""
     for name, kind in kinds.items():
-        path, _, leaf = name.rpartition(".")
+        path, leaf = split(name)
         buffers = model.get_submodule(path)._buffers
         if (made := buffers.get(leaf)) is not None:
             buffers[leaf] = made.to(getattr(torch, kind))

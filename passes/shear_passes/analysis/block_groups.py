@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 
 import numpy as np
 from torch import fx
 
 from shear_ir.axes import Axis, Freeze, Indices
 from shear_ir.nodes import module_path
+from shear_ir.paths import common, inside, last, parent
 from shear_ir.program import Program
 from shear_passes.analysis.group import Group, Slice
 from shear_passes.analysis.infer_axes import Axes
@@ -131,24 +131,24 @@ class _Layers:
             yield from self._parts(up, units)
         loose: dict[str, list[Block]] = {}
         for block in self.blocks:
-            if not any(_parent(path) in anchored for path in _numbered(block.exit)):
+            if not any(parent(path) in anchored for path in _numbered(block.exit)):
                 loose.setdefault(self._class(block), []).append(block)
         for alike in loose.values():
-            yield "block", _common([b.path for b in alike]), [self._part(b, b.path) for b in alike]
+            yield "block", common([b.path for b in alike]), [self._part(b, b.path) for b in alike]
 
     def _lists(self) -> list[tuple[str, list[Unit]]]:
         """The outermost lists of which half can go as layers; of others, as lists of stages, those with none inside."""
-        lists = dict.fromkeys(_parent(path) for path in self.program.modules if _last(path).isdigit())
+        lists = dict.fromkeys(parent(path) for path in self.program.modules if last(path).isdigit())
         found: dict[str, list[Unit]] = {}
         stuck: dict[str, list[Unit]] = {}
         for up in sorted(lists, key=lambda path: path.count(".")):
-            members = [p for p in self.program.modules if _parent(p) == up and _last(p).isdigit()]
-            if any(map(self.of_module.get, members)) and not any(_below(up, other) for other in found):
-                units = [self._layer(path) for path in sorted(members, key=lambda p: int(_last(p)))]
+            members = [p for p in self.program.modules if parent(p) == up and last(p).isdigit()]
+            if any(map(self.of_module.get, members)) and not any(inside(up, other) for other in found):
+                units = [self._layer(path) for path in sorted(members, key=lambda p: int(last(p)))]
                 able = sum(not unit.reason for unit in units)
                 (found if 2 * able >= len(units) else stuck)[up] = units
         for up, units in stuck.items():
-            if not any(_below(other, up) or _below(up, other) for other in found):
+            if not any(inside(other, up) or inside(up, other) for other in found):
                 found[up] = units
         return sorted(found.items(), key=lambda item: list(lists).index(item[0]))
 
@@ -214,7 +214,7 @@ class _Layers:
             yield kind, up, units
 
     def _part(self, block: Block, within: str) -> Unit:
-        path = block.path if _below(block.path, within) else within
+        path = block.path if inside(block.path, within) else within
         return Unit(path, (block,), False, self._parameters([block], []), block.reason)
 
     def _parameters(self, blocks: Sequence[Block], modules: Sequence[str]) -> tuple[str, ...]:
@@ -228,30 +228,11 @@ class _Layers:
 def _tensors(program: Program, dead: set[fx.Node], modules: Sequence[str]) -> Iterator[str]:
     """Tensors that only dead nodes read, and those of whole modules that nothing reads."""
     for name, node in program.placeholder_of.items():
-        if node in dead or (not node.users and any(_below(name, module) for module in modules)):
+        if node in dead or (not node.users and any(inside(name, module) for module in modules)):
             yield name
 
 
 def _numbered(node: fx.Node) -> list[str]:
     """The modules around a call that have a number in a list."""
     stack = node.meta.get("nn_module_stack") or {}
-    return list(dict.fromkeys(str(path) for path, _ in stack.values() if _last(str(path)).isdigit()))
-
-
-def _below(path: str, up: str) -> bool:
-    return not up or path == up or path.startswith(up + ".")
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
-
-
-def _common(paths: Sequence[str]) -> str:
-    """The path of the smallest module that holds all of ``paths``."""
-    split = [path.split(".") for path in paths]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
-    return ".".join(parts[0] for parts in shared)
+    return list(dict.fromkeys(str(path) for path, _ in stack.values() if last(str(path)).isdigit()))

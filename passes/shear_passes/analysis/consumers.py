@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from shear_ir.axes import Axis, Dim, atoms
 from shear_ir.manager import Analysis, AnalysisManager
 from shear_ir.nodes import module_path
+from shear_ir.paths import parent
 from shear_ir.program import Param, Program
 from shear_passes.analysis.find_groups import Group
 from shear_passes.analysis.infer_axes import Axes, InferAxes
@@ -191,6 +192,6 @@ def _source(program: Program, axes: Axes, value: fx.Node, path: str, feature: in
 
 def _paths(param: Param, path: str) -> frozenset[str] | None:
     """The module ``path``, if it owns the parameter by any of its names, or is an adapter's layer around the owner."""
-    owners = {name.rpartition(".")[0] for name in (param.name, *param.aliases)}
+    owners = {parent(name) for name in (param.name, *param.aliases)}
     mine = {owner for owner in owners if owner == path or owner == f"{path}.base_layer"}
     return frozenset(mine) or None

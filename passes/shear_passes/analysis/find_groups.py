@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import takewhile
 
 from shear_ir.axes import Axis, Dim, Dims, Freezes, atoms, evaluate, resolve, show
 from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.paths import common, parent
 from shear_ir.plans import Cut
 from shear_ir.program import Param, Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS, BlockGroup, Gone, Unit, block_groups
@@ -139,9 +139,9 @@ def _named(
         per_unit = sum(
             _cost(program.params[p], axes.of_param[p], atom) for p in dict.fromkeys(s.parameter for s in owned)
         )
-        modules = [s.parameter.rpartition(".")[0] for s in owned if program.params[s.parameter].kind == "parameter"]
+        modules = [parent(s.parameter) for s in owned if program.params[s.parameter].kind == "parameter"]
         yield Group(
-            name, kind, atom.size, atom, tuple(owned), per_unit, _common(modules),
+            name, kind, atom.size, atom, tuple(owned), per_unit, common(modules),
             least=least.get(atom, 1), multiple=multiples.get(atom, 1), freeze=freezes.of(atom),
         )  # fmt: skip
 
@@ -173,13 +173,6 @@ def _names(kinds: Sequence[Kind]) -> list[str]:
         found.append(_SHORT[kind] + (str(counts[kind]) if total[kind] > 1 else ""))
         counts[kind] += 1
     return found
-
-
-def _common(paths: Sequence[str]) -> str:
-    """The path of the smallest module that holds all of ``paths``."""
-    split = [path.split(".") for path in paths]
-    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
-    return ".".join(parts[0] for parts in shared)
 
 
 def _cost(param: Param, dims: Dims, atom: Axis) -> int:

@@ -15,6 +15,7 @@ import networkx as nx
 from torch import fx
 
 from shear_ir.manager import Analysis, AnalysisManager
+from shear_ir.paths import common
 from shear_ir.program import Program
 from shear_passes.analysis.infer_axes import InferAxes
 from shear_passes.analysis.memory import memory_of
@@ -158,7 +159,7 @@ class _Finder:
             exit=exit_,
             branches=tuple(branches),
             region=region,
-            path=_common([_paths(node) for node in mapping]),
+            path=common(_innermost(node) for node in mapping),
             attention=any(node in self.products for node in mapping),
         )
         return replace(block, reason=self._leaving(region, exit_) or self._writing(block))
@@ -243,15 +244,6 @@ def _post_dominators(sources: Mapping[fx.Node, Sequence[fx.Node]]) -> Mapping[fx
     return nx.immediate_dominators(flow, _SINK)
 
 
-def _paths(node: fx.Node) -> tuple[str, ...]:
+def _innermost(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(str(list(stack.values())[-1][0]).split(".")) if stack else ()
-
-
-def _common(paths: Sequence[tuple[str, ...]]) -> str:
-    shared = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) != 1:
-            break
-        shared.append(parts[0])
-    return ".".join(shared)
+    return str(list(stack.values())[-1][0]) if stack else ""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shear_ir.manager import AnalysisManager
+from shear_ir.paths import parent
 from shear_ir.program import Program
 from shear_passes.analysis.find_groups import FindGroups, Group
 from shear_passes.importance.base import Importance, Score, Scored, Scores, Statistic, candidates
@@ -44,8 +45,8 @@ class ExpertStatistics(Statistic[Mapping[str, ExpertUse]]):
 
 def home(group: Group) -> str | None:
     """The module that owns the stacked experts: parameters of a matrix for each, which the axis counts."""
-    owners = {s.parameter.rpartition(".")[0] for s in group.slices if s.dim == 0 and s.expression is group.axis}
-    stacked = [o for o in owners if sum(s.parameter.rpartition(".")[0] == o for s in group.slices) > 1]
+    owners = {parent(s.parameter) for s in group.slices if s.dim == 0 and s.expression is group.axis}
+    stacked = [o for o in owners if sum(parent(s.parameter) == o for s in group.slices) > 1]
     return stacked[0] if len(stacked) == 1 else None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from shear_ir.axes import Axis, resolve
 from shear_ir.errors import PlanError
 from shear_ir.nodes import module_path
+from shear_ir.paths import inside
 from shear_ir.program import Param
 from shear_passes.analysis.find_groups import Group, Groups
 from shear_passes.ops.registry import Vanish, op_name
@@ -158,8 +159,8 @@ class _Walk:
     def _norm(self, node: fx.Node, norms: list[fx.Node]) -> LayerNorm:
         args = (*node.args, *[None] * 5)
         path = module_path(node)
-        inside = [n for n in self.program.calls() if f"{module_path(n)}.".startswith(f"{path}.") and self._live(n)]
-        if not path or any(n not in norms and not self._moves(n) for n in inside):
+        own = [n for n in self.program.calls() if inside(module_path(n), path) and self._live(n)]
+        if not path or any(n not in norms and not self._moves(n) for n in own):
             raise self._no(f"the layer normalisation at {path or 'the root'} is no module of its own")
         eps = args[4] if isinstance(args[4], float) else 1e-5
         return LayerNorm(path, eps, self._own(args[2], node), self._own(args[3], node))

@@ -11,6 +11,7 @@ import numpy as np
 from shear_ir.axes import Indices
 from shear_ir.errors import OutOfReach, PlanError, TooLittle
 from shear_ir.manager import AnalysisManager
+from shear_ir.paths import parent
 from shear_ir.plans import Plan
 from shear_ir.program import Program
 from shear_passes.analysis.block_groups import BLOCK_KINDS, BlockGroup, Gone, Unit, gone_with
@@ -107,7 +108,7 @@ class SelectBlocks(Selection):
     def _inside(self, unit: Unit) -> bool:
         path = unit.path.split(".")
         above = [".".join(path[:length]) for length in range(1, len(path) + 1)]
-        owners = {name.rpartition(".")[0] for name in unit.parameters} if self.only else set()
+        owners = {parent(name) for name in unit.parameters} if self.only else set()
         wanted = not self.only or all(
             any(fnmatchcase(name, p) for p in self.only for name in _upwards(owner)) for owner in owners
         )

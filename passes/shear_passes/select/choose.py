@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from shear_ir.errors import PlanError
+from shear_ir.paths import parent
 from shear_passes.analysis.find_groups import Group, Groups
 
 DEFAULT_KINDS = ("ffn", "kv_head")
@@ -52,7 +53,7 @@ def choose(
 
 
 def _inside(groups: Groups, group: Group, only: Sequence[str], skip: Sequence[str]) -> bool:
-    owners = {s.parameter.rpartition(".")[0] for s in group.slices}
+    owners = {parent(s.parameter) for s in group.slices}
     above = {owner: list(accumulate(owner.split("."), lambda a, b: f"{a}.{b}")) for owner in owners}
 
     def hit(owner: str, patterns: Sequence[str]) -> bool:
