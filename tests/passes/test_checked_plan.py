@@ -93,3 +93,15 @@ def test_routers_that_lose_no_experts_are_refused() -> None:
     document["routers"] = {"model.layers.1.mlp.up_proj.weight": 0}
     with pytest.raises(sir.PlanError, match="it cuts no experts of the router model"):
         sir.verify(model, model, sir.Plan.from_json(json.dumps(document)))
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "mlp"])
+def test_of_each_tensor_just_the_units_stay_that_the_cut_names(name: str) -> None:
+    program = sir.trace(build(name))
+    groups = sir.groups(program)
+    plan = sir.plan(program, ratio=0.2, kinds=("ffn",), importance="random")
+    assert plan.cuts
+    for cut in plan.cuts:
+        for piece in groups.by_name[cut.group].slices:
+            assert piece.expression is groups.by_name[cut.group].axis
+            assert plan.kept[piece.parameter][piece.dim].tolist() == cut.kept.tolist()
