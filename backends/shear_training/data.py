@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from shear_ir.errors import LoadError
 from shear_training.data_config import DataConfig, SourceConfig, StageConfig, load_data
 from shear_training.documents import Document, read_documents, read_validation
-from shear_training.rows import BATCH, Marked, Rows, converse, pack, padding, stacked
+from shear_training.rows import BATCH, Rows, converse, pack, padding, stacked
 
 __all__ = ["DataConfig", "Rows", "Source", "SourceConfig", "StageConfig", "held_out", "load_data", "prepare"]
 
@@ -113,7 +113,7 @@ class _Reader:
     def _rows(self, documents: Iterable[Document], limit: int | None, batch: int = BATCH) -> Rows:
         make = pack if self.source.kind == "text" else converse
         length = self.config.length
-        marked: list[Marked] = list(islice(make(documents, self.tokenizer, length, batch), limit))
+        marked = islice(make(documents, self.tokenizer, length, batch), limit)
         return stacked(marked, length, padding(self.tokenizer))
 
 

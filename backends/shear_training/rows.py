@@ -110,16 +110,18 @@ def converse(
                 yield ids, counted
 
 
-def stacked(marked: Sequence[Marked], length: int, pad: int) -> Rows:
+def stacked(marked: Iterable[Marked], length: int, pad: int) -> Rows:
     """Rows of ``marked``, padded with the token ``pad``."""
+    # As tensors while they come: a list of numbers takes ten times the memory.
+    kept = [(torch.tensor(ids, dtype=torch.int32), torch.tensor(counted)) for ids, counted in marked]
     rows = Rows(
-        torch.full((len(marked), length), pad, dtype=torch.int32),
-        torch.zeros(len(marked), length, dtype=torch.bool),
-        torch.tensor([len(ids) for ids, _ in marked], dtype=torch.int64),
+        torch.full((len(kept), length), pad, dtype=torch.int32),
+        torch.zeros(len(kept), length, dtype=torch.bool),
+        torch.tensor([len(ids) for ids, _ in kept], dtype=torch.int64),
     )
-    for number, (ids, counted) in enumerate(marked):
-        rows.ids[number, : len(ids)] = torch.tensor(ids, dtype=torch.int32)
-        rows.counted[number, : len(ids)] = torch.tensor(counted)
+    for number, (ids, counted) in enumerate(kept):
+        rows.ids[number, : len(ids)] = ids
+        rows.counted[number, : len(ids)] = counted
     return rows
 
 

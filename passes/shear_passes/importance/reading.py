@@ -31,6 +31,9 @@ from shear_passes.importance.base import (
 from shear_passes.importance.calibration import Data
 from shear_passes.importance.statistics import CalibrationStatistics, Moments, ReadStatistics
 
+_AT_ONCE = 1 << 22
+"""Numbers of a matrix that are looked at at once."""
+
 
 @dataclass(frozen=True)
 class ReadImportance(Importance):
@@ -74,8 +77,14 @@ class ReadImportance(Importance):
 
     def _features(self, consumer: Consumer, seen: CalibrationStatistics, weights: _Weights | None) -> Score:
         moments = seen[consumer]
-        weight = None if weights is None else consumer.matrix(weights[consumer.parameter])
-        return cast(Score, self.score(weight, moments).double().cpu().numpy())
+        if weights is None:
+            return cast(Score, self.score(None, moments).double().cpu().numpy())
+        matrix = consumer.matrix(weights[consumer.parameter])
+        # Some features at a time: a table of tokens in single precision, squared, may be larger than the model.
+        step = max(1, _AT_ONCE // max(1, len(matrix)))
+        parts = (slice(start, start + step) for start in range(0, matrix.shape[1], step))
+        scores = [self.score(matrix[:, part].float(), moments.of(part)).double().cpu() for part in parts]
+        return cast(Score, torch.cat(scores).numpy())
 
     def _of(self, group: Group, found: Iterable[Consumer], known: Mapping[Consumer, Score]) -> Score:
         parts = [reduced(owners(c.features, group.axis), known[c], group.size, self.features) for c in found]
@@ -83,7 +92,7 @@ class ReadImportance(Importance):
 
 
 class _Weights:
-    """Weights as the model computes with them, in fp32: with what plain active adapters add."""
+    """Weights as the model computes with them: with what plain active adapters add, in fp32 where there are any."""
 
     def __init__(self, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
         self.tensors = tensors
@@ -93,9 +102,9 @@ class _Weights:
                 self.adapters.setdefault(adapter.base, []).append(adapter)
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self.tensors[name].detach().float()
+        weight = self.tensors[name].detach()
         for adapter in self.adapters.get(name, ()):
-            weight = weight + adapter.delta()
+            weight = weight.float() + adapter.delta()
         return weight
 
 

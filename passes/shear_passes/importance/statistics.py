@@ -51,6 +51,11 @@ class Moments:
         """``mean over tokens of (x - mean)^2``, shape ``(features,)``."""
         return self.deviations / max(self.count, 1)
 
+    def of(self, features: slice) -> Moments:
+        """Those of some of the features, without their products."""
+        seen = [each[features] for each in (self.mean, self.deviations, self.row_means)]
+        return Moments(self.count, self.rows, *seen)
+
     def update(self, x: Tensor, valid: Tensor | None = None, gram: bool = False) -> None:
         """Add a batch of shape ``(sequences, tokens, features)``; ``valid`` (sequences, tokens) leaves out padding.
 
