@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ IGNORED = -100
 """The label of a token that is not learnt."""
 
 BATCH = 256
+_LETTERS = 1 << 18
+"""Of documents that are encoded at once."""
 Marked = tuple[list[int], list[bool]]
 """Token ids, and which of them count for the loss."""
 
@@ -138,8 +140,16 @@ def padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _batches(documents: Iterable[Document], batch: int) -> Iterator[list[Document]]:
-    remaining = iter(documents)
-    while some := list(islice(remaining, batch)):
+    """``batch`` documents at a time, or fewer that are long: tokenizers keep a hundred bytes for each token."""
+    some: list[Document] = []
+    letters = 0
+    for document in documents:
+        some.append(document)
+        letters += len(document.text) + sum(len(turn.content) for turn in document.turns)
+        if len(some) == batch or letters >= _LETTERS:
+            yield some
+            some, letters = [], 0
+    if some:
         yield some
 
 
