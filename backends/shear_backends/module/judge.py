@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.compare import largest
@@ -213,10 +215,24 @@ class Judge:
             )
 
 
+class _NoEmptyAttention(TorchFunctionMode):
+    """Refuses attention over no heads, which a wrong candidate may ask for.
+
+    Torch 2.11's kernel for CPUs divides by their number, and that ends the process.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is scaled_dot_product_attention:
+            for given in (*args, *(kwargs or {}).values()):
+                if isinstance(given, Tensor) and not given.numel():
+                    raise ShearingError(f"attention over a tensor of shape {list(given.shape)}")
+        return func(*args, **(kwargs or {}))
+
+
 def _failure(model: nn.Module, feed: Inputs) -> str:
     """Why ``model`` does not run on ``feed``; empty where it does."""
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluation(model), torch.no_grad(), _NoEmptyAttention():
             run(model, feed)
     except Exception as failure:  # a wrong attribute may fail anywhere in the model's own code
         return f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
