@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+import shear_ir as sir
 from tests.golden import expect
 from tests.ops.typed import typed
 
@@ -304,3 +306,26 @@ def test_a_triangle_compares_rows_and_columns() -> None:
         b c: rows and columns are compared by number at %tril_default = aten.tril
         """,
     )
+
+
+class Chosen(nn.Module):
+    """A row of a table for each token; rows past ``most`` are none, and indices are kept up to ``high``."""
+
+    def __init__(self, most: int, high: int) -> None:
+        super().__init__()
+        self.most, self.high = most, high
+        self.router, self.table = nn.Linear(8, 6), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = self.router(x).argmax(-1)
+        return x.masked_fill((ids >= self.most)[..., None], 0.0) + self.table[ids.clamp(max=self.high)]
+
+
+@pytest.mark.parametrize(("most", "high", "free"), [(6, 5, True), (7, 9, True), (5, 5, False), (6, 4, False)])
+def test_bounds_that_every_index_keeps_hold_nothing(most: int, high: int, free: bool) -> None:
+    model = Chosen(most, high).eval()
+    program = sir.trace(model, torch.randn(5, 8))
+    assert [g.prunable for g in sir.groups(program) if g.kind == "expert"] == [free]
+    if free:
+        plan = sir.plan(program, ratio=0.3, kinds=("expert",))
+        assert sir.verify(model, sir.shear(model, plan, inputs=torch.randn(5, 8)), plan, inputs=torch.randn(5, 8)).sound

@@ -73,6 +73,19 @@ def clamp(site: Site, x: Dims, low: Any = None, high: Any = None) -> Dims:
         low, high = -1 if low is None else low, 1 if high is None else high
     numbers = all(isinstance(bound, int | float | None) for bound in (low, high))
     site.vanish = Vanish.FIRST if numbers and (low or 0) <= 0 <= (high or 0) else Vanish.NEVER
+    named = site.numbers.get(site.node.args[0])  # type: ignore[arg-type]
+    if named is not None and numbers and (low or 0) <= 0 and (high is None or high >= named.size - 1):
+        site.named_by(site.node.args[0])
+        site.name(named)  # no index is moved by bounds that all of them keep
+    return x
+
+
+@rule(aten.ge.Scalar, aten.gt.Scalar)
+def at_least(site: Site, x: Dims, bound: Any) -> Dims:
+    """``y[i] = x[i] >= bound``: of indices never true where the bound is above all of them, however few are left."""
+    named = site.numbers.get(site.node.args[0])  # type: ignore[arg-type]
+    if named is not None and isinstance(bound, int | float) and bound >= named.size:
+        site.named_by(site.node.args[0])
     return x
 
 
