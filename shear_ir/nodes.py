@@ -31,12 +31,15 @@ class SourceLine:
         return f"{self.place}: {self.code}"
 
 
+def module_stack(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules that were running when the node was traced, the whole model, an empty path, first."""
+    paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return tuple(paths if paths[:1] == [""] else ["", *paths])
+
+
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module the node was traced in; empty at the root."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return str(list(stack.values())[-1][0])
+    return module_stack(node)[-1]
 
 
 def source_line(node: fx.Node) -> SourceLine | None:

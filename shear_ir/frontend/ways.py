@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shear_ir.frontend.feeds import call, tensors_in, uncached
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.shapes import on_shapes
-from shear_ir.nodes import module_path
+from shear_ir.nodes import module_stack
 from shear_ir.paths import parent
 from shear_ir.program import Held, Program
 
@@ -42,7 +42,7 @@ def _unread(model: nn.Module, program: Program) -> dict[str, Held]:
     """The modules that may read a parameter on a way that was not traced: there, sizes that it has stay as they are."""
     used = [param for node in program.nodes if node.users and (param := program.param(node)) is not None]
     read = {name for param in used for name in (param.name, *param.aliases)}
-    running = {module_path(node) for node in program.calls()}
+    running = {path for node in program.calls() for path in module_stack(node)}
     found: dict[str, Held] = {}
     for name, parameter in model.named_parameters():
         if name in read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -216,3 +217,56 @@ def test_a_language_model_has_one_way() -> None:
     from tests.roads import traced
 
     assert not traced("llama_gqa").program.held
+
+
+class PassesOn(nn.Module):
+    """No call of its own: all it does is hand values from one of its modules to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)
+        self.flag = False
+
+
+class HandsGiven(PassesOn):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        h = self.act(self.up(x))
+        if gate is not None:
+            h = h.roll(1, -1)
+        return self.down(h)
+
+
+class HandsInTraining(PassesOn):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        if self.training:
+            h = h * h.softmax(-1)
+        return self.down(h)
+
+
+class HandsUnread(PassesOn):
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.up(x))
+        if self.flag:
+            h = h * self.extra
+        return self.down(h)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (HandsGiven, "gate, which was not given"),
+        (HandsInTraining, "another way in training mode"),
+        (HandsUnread, r"reads (0\.)?extra"),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_module_only_hands_on_is_held_too(kind: type[nn.Module], said: str, inside: bool) -> None:
+    model = nn.Sequential(kind(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) if inside else kind()
+    found = {g.size: g for g in sir.groups(sir.trace(model.eval(), {"input" if inside else "x": torch.randn(2, 7, 8)}))}
+    assert re.search(said, found[32].reason)
+    assert not inside or found[16].prunable

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 import shear_passes.ops  # noqa: F401  # registers every rule
 from shear_ir.axes import Axis, Dim, Dims, atoms, axis, freeze, resolve
 from shear_ir.manager import Analysis, AnalysisManager
-from shear_ir.nodes import module_path
+from shear_ir.nodes import module_stack
 from shear_ir.program import Program
 from shear_passes.analysis.memory import undecided
 from shear_passes.ops.pointwise import DimsTuple, is_dims, pointwise_entry
@@ -139,15 +140,17 @@ class Inference:
                     freeze(atom, ranking.reason, at=ranking.node.name)
 
     def _hold_other_ways(self) -> None:
-        """What a module reads and makes by itself stays whole where its forward has ways that were not traced."""
-        for node in self.program.calls() if self.program.held else ():
-            held = self.program.held.get(module_path(node))
-            if held is not None:
-                for value in (node, *node.all_input_nodes):
-                    for dims in self.of_node.get(value.name, ()):
-                        for dim in dims:
-                            if held.sizes is None or dim.size in held.sizes:
-                                freeze(dim, held.reason, at=node.name)
+        """What the code of a module has in hand stays whole where its forward has ways that were not traced.
+
+        That is what it is given, what it makes by itself and what it hands from one of its modules to another.
+        """
+        for node in self.program.nodes if self.program.held else ():
+            for path, value in _in_hand(node, self.program):
+                held = self.program.held.get(path)
+                for dims in self.of_node.get(value.name, ()) if held is not None else ():
+                    for dim in dims:
+                        if held is not None and (held.sizes is None or dim.size in held.sizes):
+                            freeze(dim, held.reason, at=node.name)
 
     def _hold_undecided(self) -> None:
         for call, home in undecided(self.program):
@@ -287,6 +290,21 @@ class Inference:
                 self._barrier(Site(node, ()), f"{name} reads a size")
             return
         self._barrier(Site(node, ()), f"{name} reads values")
+
+
+def _in_hand(node: fx.Node, program: Program) -> Iterator[tuple[str, fx.Node]]:
+    """The modules whose code sees a value on its way to ``node``, or what ``node`` makes, each with the value."""
+    here = module_stack(node)
+    yield here[-1], node
+    for value in node.all_input_nodes:
+        if program.param(value) is not None:
+            yield here[-1], value  # a parameter is read where it is used
+            continue
+        there = module_stack(value)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(there, here, strict=False)))
+        # The innermost module around both hands it on; those further in, on either side, return it or are given it.
+        for path in {*there[shared - 1 :], *here[shared - 1 :]}:
+            yield path, value
 
 
 def _stacked(dims: Dims) -> list[Axis]:
