@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from shear_ir.frontend.feeds import with_tensors
 from shear_ir.frontend.inputs import Inputs
-from shear_ir.frontend.unchanged import copied
+from shear_ir.frontend.unchanged import copied, unchanged
 
 
 @contextlib.contextmanager
@@ -30,7 +30,8 @@ def on_shapes(
     logging.disable(logging.CRITICAL)
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
-        with mode, _compiling_state_context(), torch.no_grad():
+        # A hook of a copy may hold on to the model itself, and leave there what it saw.
+        with unchanged(model), mode, _compiling_state_context(), torch.no_grad():
             own = (*model.parameters(), *model.buffers())
             memo: dict[int, Any] = {id(t): mode.from_tensor(t, static_shapes=True) for t in own}
             yield lambda: copied(model, memo), with_tensors(feed, mode.from_tensor), mode

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _FOREIGN = {*sys.stdlib_module_names, "torch"}  # whose objects are no state of a model
 _DEPTH = 4  # of plain objects within a module's attributes: a config within a config, a table within a helper
@@ -58,7 +59,8 @@ def _of_object(owner: Any, seen: set[int], depth: int) -> Iterator[Callable[[], 
 def _of_value(value: Any, seen: set[int], depth: int) -> Iterator[Callable[[], None]]:
     if isinstance(value, Tensor):
         trained = isinstance(value, nn.Parameter) and (value.requires_grad or value.numel() > _SMALL)
-        if not trained and not value.is_meta and id(value) not in seen:
+        told = not value.is_meta and not isinstance(value, FakeTensor)  # the others hold no numbers
+        if not trained and told and id(value) not in seen:
             seen.add(id(value))
             yield _of_tensor(value)
         return

@@ -91,3 +91,24 @@ def test_rows_and_images_of_other_sizes_are_compared(images: bool, one: bool) ->
     assert not report.sound
     assert report.judge == "numbers"
     assert "so that forward has another way there" in str(report)
+
+
+class AtOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        if x.shape[1] == 1:
+            h = h.softmax(-1)
+        made: Tensor = self.down(h)
+        return made
+
+
+def test_another_way_at_one_position_is_found() -> None:
+    model, feed = AtOne().eval(), {"x": torch.randn(2, 7, 8)}
+    plan = sir.plan(sir.trace(model, feed), ratio=0.3)
+    report = sir.verify(model, sir.shear(model, plan, inputs=feed), plan)
+    assert not report.sound
+    assert report.place == "one position"

@@ -172,3 +172,26 @@ def test_two_runs_of_a_buffer_that_moves_start_where_the_model_stands() -> None:
     assert float(model.count) == 0.0  # type: ignore[arg-type]
     assert same(outputs(small, {"x": x}), tuple(graph(x)))
     assert float(model.count) == 0.0  # type: ignore[arg-type]
+
+
+class Collecting(nn.Module):
+    """A hook keeps what it saw with the model it was registered on, also when a copy runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.seen: list[Tensor] = []
+        self.up.register_forward_hook(lambda module, given, made: self.seen.append(made))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(self.up(x).relu())
+        return made
+
+
+def test_a_hook_that_collects_activations_is_no_obstacle_and_leaves_none() -> None:
+    model, feed = Collecting().eval(), {"x": torch.randn(2, 7, 8)}
+    program = sir.trace(model, feed)
+    plan = sir.plan(program, ratio=0.3)
+    small = sir.shear(model, plan, inputs=feed)
+    assert sir.verify(model, small, plan, inputs=feed).sound
+    assert model.seen == []

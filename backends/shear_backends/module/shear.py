@@ -147,7 +147,8 @@ def find_changes(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
 
     def agrees(recipe: ModuleChanges, small: nn.Module | None = None) -> bool:
         small = build(model, cuts, recipe) if small is None else small
-        return judge.agrees(small, lambda dense: build(dense, cut_by_id(dense, plan, norms), recipe))
+        with unchanged(model):  # a hook of the copy may hold on to the model, and the next copy would have what it left
+            return judge.agrees(small, lambda dense: build(dense, cut_by_id(dense, plan, norms), recipe))
 
     for tried, recipe in enumerate(_recipes(model, groups, masks, plan, norms, feed)):
         if agrees(recipe):

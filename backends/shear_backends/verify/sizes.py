@@ -92,6 +92,13 @@ def of_batch(model: nn.Module, feed: Inputs, batch: int) -> Inputs | None:
     return None if main is None or not main.dim() or len(main) == batch else _running(model, feed, batch, None)
 
 
+def of_length(model: nn.Module, feed: Inputs, length: int) -> Inputs | None:
+    """Inputs like ``feed`` of so many positions; None where the model takes none, or ``feed`` has as many."""
+    main = next(iter(tensors_in(feed).values()), None)
+    free = main is not None and main.dim() > 1 and main.shape[1] != length
+    return _running(model, feed, None, length) if free else None
+
+
 def numbers_of(model: nn.Module) -> set[int]:
     """The whole numbers of a model's config and of its modules' plain attributes, in lists and tuples too."""
     config: Any = getattr(model, "config", None)

@@ -58,7 +58,7 @@ def trials(model: nn.Module, inputs: Any, seed: int) -> list[Question]:
         return [_asked(_placed(model, as_inputs(model, one))) for one in given]
     asked = [_asked(example_inputs(model, seed=seed)), _asked(example_inputs(model, batch=2, length=16, seed=seed + 1))]
     feed = asked[0].feed
-    return [*asked, *_otherwise(model, feed)]
+    return [*asked, *_otherwise(model, feed), *_shortest(model, feed)]
 
 
 def _otherwise(model: nn.Module, feed: Inputs) -> Iterator[Question]:
@@ -68,6 +68,13 @@ def _otherwise(model: nn.Module, feed: Inputs) -> Iterator[Question]:
     if long and hasattr(getattr(model, "config", None), "use_cache"):
         yield Question("a step with a cache", feed, run, step_by_step, further=True)
     yield Question("training", feed, in_training, further=True)
+
+
+def _shortest(model: nn.Module, feed: Inputs) -> Iterator[Question]:
+    """One position, for which no trace speaks: it takes sizes for larger ones."""
+    one = sizes.of_length(model, feed, 1)
+    if one is not None:
+        yield Question("one position", one, run, further=True)
 
 
 def longer(model: nn.Module, tried: tuple[tuple[int, ...], ...], seed: int) -> Iterator[Question]:
@@ -91,6 +98,7 @@ def resized(model: nn.Module, inputs: Any) -> Iterator[Question]:
     # One row alone is the usual way to be asked, and the one that broadcasts.
     yield from (_asked(made) for made in (apart(model, feed), sizes.of_batch(model, feed, 1)) if made is not None)
     yield from map(_asked, itertools.islice(sizes.longer(model, feed, _affordable(model)), 1))
+    yield from _shortest(model, feed)
 
 
 def past_guards(model: nn.Module, tried: Sequence[Inputs]) -> Iterator[tuple[str, list[Question]]]:
