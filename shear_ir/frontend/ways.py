@@ -12,7 +12,8 @@ import contextlib
 import inspect
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -112,16 +113,30 @@ def _in_training(model: nn.Module, feed: Inputs) -> dict[str, Held]:
     }
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A call that a module made by itself; ``read``: what it reads and is told, another call by its number.
+
+    ``acts``: something comes of it beside the tensors that it makes: it writes, or tells numbers.
+    """
+
+    module: str
+    func: Any
+    read: tuple[int | str, ...]
+    shape: Any
+    acts: bool
+
+
 def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     """What each module calls by itself, in order: operators, what they read and are told, and the shapes they make.
 
     A value is known by the module that made it, and in that module by its number, so that what one module does
-    otherwise is no other way of the next.
+    otherwise is no other way of the next. Calls that nothing comes of are left out.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     running: list[str] = []
-    found: dict[str, list[Any]] = defaultdict(list)
-    named: dict[int, tuple[str, int]] = {id(t): (name, 0) for name, t in _tensors_of(model, feed)}
+    made: list[_Call] = []
+    named: dict[int, int | str] = {id(t): name for name, t in _tensors_of(model, feed)}
     alive: list[Any] = []  # so that no id is given twice
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -132,20 +147,18 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
 
     class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made = func(*args, **(kwargs or {}))
-            here = running[-1] if running else ""
+            result = func(*args, **(kwargs or {}))
             # Batch norms are told their mode, and work channel by channel in both.
             leaves = () if "batch_norm" in str(func) else pytree.tree_leaves((args, kwargs))
-            told = [_read(leaf, here) if isinstance(leaf, Tensor) else str(leaf) for leaf in leaves]
-            for value in pytree.tree_leaves(made):
-                named.setdefault(id(value), (here, len(found[here])))
+            read = tuple([named.get(id(leaf), "") if isinstance(leaf, Tensor) else str(leaf) for leaf in leaves])
+            values = pytree.tree_leaves(result)
+            for value in values:
+                named.setdefault(id(value), len(made))
                 alive.append(value)
-            found[here].append((func, told, getattr(made, "shape", None)))
-            return made
-
-    def _read(value: Tensor, here: str) -> Any:
-        path, number = named.get(id(value), ("", -1))
-        return (path, number) if path == here else path
+            tells = func.namespace != "prim" and not any(isinstance(value, Tensor) for value in values)
+            shape = getattr(result, "shape", None)
+            made.append(_Call(running[-1] if running else "", func, read, shape, tells or func._schema.is_mutable))
+            return result
 
     hooks = [
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -153,11 +166,35 @@ def _calls(model: nn.Module, feed: Inputs) -> dict[str, list[Any]]:
     ]
     try:
         with _WithoutDropout(), Record():  # type: ignore[no-untyped-call]  # as above
-            call(model, feed, **uncached(model))
+            output = call(model, feed, **uncached(model))
     finally:
         for hook in hooks:
             hook.remove()
+    return _by_module(made, {named.get(id(leaf), "") for leaf in pytree.tree_leaves(output)})
+
+
+def _by_module(made: Sequence[_Call], wanted: set[int | str]) -> dict[str, list[Any]]:
+    """Those of the calls that something comes of: what is ``wanted`` in the end, or a write."""
+    stays: list[int] = []
+    for number in range(len(made) - 1, -1, -1):
+        one = made[number]
+        if number in wanted or one.acts:
+            wanted.update(one.read)
+            stays.append(number)
+    found: dict[str, list[Any]] = defaultdict(list)
+    place: dict[int, int] = {}
+    for number in reversed(stays):
+        one = made[number]
+        told = [_told_apart(source, one.module, made, place) for source in one.read]
+        place[number] = len(found[one.module])
+        found[one.module].append((one.func, told, one.shape))
     return found
+
+
+def _told_apart(source: int | str, here: str, made: Sequence[_Call], place: Mapping[int, int]) -> Any:
+    if isinstance(source, str):
+        return source
+    return (here, place[source]) if made[source].module == here else made[source].module
 
 
 def _tensors_of(model: nn.Module, feed: Inputs) -> Iterator[tuple[str, Tensor]]:

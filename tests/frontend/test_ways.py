@@ -270,3 +270,22 @@ def test_what_a_module_only_hands_on_is_held_too(kind: type[nn.Module], said: st
     found = {g.size: g for g in sir.groups(sir.trace(model.eval(), {"input" if inside else "x": torch.randn(2, 7, 8)}))}
     assert re.search(said, found[32].reason)
     assert not inside or found[16].prunable
+
+
+class Discards(nn.Module):
+    """In training mode it looks for a faster way, as kernels that are not there leave it, and finds none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.up.weight[None].squeeze(0).exp()
+        return self.down(self.up(x).relu())
+
+
+def test_calls_that_nothing_comes_of_are_no_other_way() -> None:
+    program = sir.trace(Discards().eval(), {"x": torch.randn(2, 7, 8)})
+    assert not program.held
+    assert next(g for g in sir.groups(program) if g.size == 32).prunable
