@@ -180,9 +180,9 @@ def _opaque_class(model: nn.Module, failure: Exception, hidden: tuple[type[nn.Mo
 
 
 def _trace_error(model: nn.Module, failure: Exception) -> TraceError:
-    text = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
+    text = next((line.strip() for line in str(failure).splitlines() if line.strip()), "").rstrip(".")
     return TraceError(
-        f"{type(model).__name__} cannot be traced: {_failing_module(model, failure)}{type(failure).__name__}: {text} "
+        f"{type(model).__name__} cannot be traced: {_failing_module(model, failure)}{type(failure).__name__}: {text}. "
         "Pass inputs={name: tensor} that the model accepts, or a model whose forward does not branch on data."
     )
 

@@ -12,7 +12,7 @@ from shear_ir.errors import PlanError
 from shear_passes.analysis.block_groups import BLOCK_KINDS
 from shear_passes.importance.calibration import LossFunction, Progress
 from shear_passes.importance.scoring import CriterionLike
-from shear_passes.select.by_ratio import Budget
+from shear_passes.select.by_ratio import BUDGETS, Budget
 from shear_passes.select.choose import DEFAULT_KINDS
 
 RoundTo = int | Mapping[str, int]
@@ -45,6 +45,10 @@ class Ask:
     knowledge: Mapping[str, Mapping[float, float]] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        if self.budget not in (*BUDGETS, "latency"):
+            raise PlanError(f"there is no budget '{self.budget}'; there are {', '.join((*BUDGETS, 'latency'))}")
+        if self.ratio is not None and not isinstance(self.ratio, int | float):
+            raise PlanError(f"ratio is a number between 0 and 1, not {self.ratio!r}")
         if self.ratio is None and self.budget == "latency":
             raise PlanError("a budget of latency needs a ratio, a share of it")
         if self.ratio is None and not self.deep:
