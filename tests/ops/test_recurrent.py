@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shear_ir as sir
 from tests.golden import expect
@@ -35,6 +36,13 @@ def test_an_lstm_has_its_unit_in_four_gates() -> None:
     )
 
 
+def states_are_told_rightly() -> bool:
+    """Whether torch knows on shapes alone what an LSTM makes: 2.11 adds a dim to its states."""
+    with FakeTensorMode():
+        _, (state, _) = nn.LSTM(8, 6)(torch.randn(3, 2, 8))
+    return tuple(state.shape) == (1, 2, 6)
+
+
 class Tagger(nn.Module):
     """A recurrent layer between two plain ones; its last state is read as well."""
 
@@ -58,6 +66,8 @@ class Tagger(nn.Module):
 )
 def test_hidden_units_of_all_layers_and_ways_go_together(cell: type[nn.Module]) -> None:
     layer = cell()
+    if isinstance(layer, nn.LSTM) and not states_are_told_rightly():
+        pytest.skip("this release of torch tells the shape of an LSTM's states wrongly, and none of it is cut")
     model = Tagger(layer, 12 if getattr(layer, "bidirectional", False) else 6).double().eval()
     feeds = [{"x": torch.randn(2, 3, 5).double()} for _ in range(2)]
     with double(), torch.no_grad():

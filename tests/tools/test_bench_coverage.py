@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from bench import coverage, coverage_one, tiny_config
-from tests.golden import expect_file
+from tests.golden import expect_file, other_versions
 
 SOUND: dict[str, Any] = {
     "built": True, "traced": True, "export_s": 2.0, "trace_s": 2.2, "groups_s": 0.1, "ratio": 1.15, "attention": True,
@@ -82,6 +82,8 @@ def test_a_tiny_config_keeps_a_layer_of_each_kind() -> None:
     ],
 )
 def test_what_a_class_leaves_open_is_filled_in(name: str) -> None:
+    if other_versions():
+        pytest.skip("what classes leave open differs from release to release")
     model, refusal = coverage_one.build(name)
     assert refusal == ""
     assert sum(p.numel() for p in model.parameters()) < 3_000_000
@@ -99,6 +101,8 @@ def test_bert_goes_the_whole_road() -> None:
 
 
 def test_a_type_that_no_config_builds_says_why() -> None:
+    if other_versions():
+        pytest.skip("what classes leave open differs from release to release")
     answer = road("causal/gemma4_assistant")
     assert answer["failure"]["stage"] == "build"
     assert "hidden_size" in answer["failure"]["cause"]
