@@ -87,6 +87,10 @@ def test_rows_and_images_of_other_sizes_are_compared(images: bool, one: bool) ->
     x = torch.randn(2, 3, 20, 20) if images else torch.randn(2, 5, 6)
     program = sir.trace(model, x)
     plan = sir.plan(program, ratio=0.3, kinds=["conv_channel" if images else "ffn"], importance="random")
+    if not one:  # a trace tells
+        with pytest.raises(sir.ShearingError, match="takes another way than with"):
+            sir.shear(model, plan)
+        return
     report = sir.verify(model, sir.shear(model, plan), plan)
     assert not report.sound
     assert report.judge == "numbers"
@@ -112,3 +116,19 @@ def test_another_way_at_one_position_is_found() -> None:
     report = sir.verify(model, sir.shear(model, plan, inputs=feed), plan)
     assert not report.sound
     assert report.place == "one position"
+
+
+class AtTwo(AtOne):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).relu()
+        if x.shape[1] == 2:
+            h = h.softmax(-1)
+        made: Tensor = self.down(h)
+        return made
+
+
+def test_a_way_in_which_the_plan_is_not_possible_is_refused_before_anything_is_cut() -> None:
+    model, feed = AtTwo().eval(), {"x": torch.randn(2, 7, 8)}
+    plan = sir.plan(sir.trace(model, feed), ratio=0.3)
+    with pytest.raises(sir.ShearingError, match=r"with inputs of 3 x 2 x 8, .* takes another way .* softmax runs over"):
+        sir.shear(model, plan, inputs=feed)

@@ -24,7 +24,7 @@ from shear_backends.graph.module import graph_module, named_tensors
 from shear_backends.verify.compare import largest
 from shear_backends.verify.numbers import difference, evaluation, run
 from shear_backends.verify.sides import Side, raised
-from shear_backends.verify.sizes import apart, longer
+from shear_backends.verify.sizes import apart, beyond, longer
 from shear_backends.verify.structure import Structure, first_difference
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
@@ -43,6 +43,11 @@ from shear_passes.rewrite.shear import shear_program, shear_tensors
 
 Maker = Callable[[nn.Module], nn.Module]
 """From dense modules to the sheared ones, over the tensors that the dense ones have."""
+Traced = list[tuple[Inputs, Groups]]
+"""Inputs, each with the groups of a trace on them."""
+
+_GUARDS = 2
+"""Conditions of forward that are traced on their other side."""
 
 _ROUNDING = 1e-9
 """Of the largest output: double precision is a million times finer, and single precision a hundred times coarser."""
@@ -136,16 +141,14 @@ class Judge:
         Raises ``ShearingError`` where the dense model takes another way there, in which the plan is not possible.
         """
         found = _further(self.model, self.groups, self.feed)
-        if found is None:
-            return None
-        feed, there = found
-        against = not_possible(there, self.plan)
-        if against:
-            raise ShearingError(
-                f"with inputs of {_told(feed)}, the forward of {type(self.model).__name__} takes another way than "
-                f"with {_told(self.feed)}, and there {against}: leave the group whole, or plan with such inputs"
-            )
-        return feed, shear_program(there, self.plan)
+        for feed, there in (*found[:1], *_past_guards(self.model, self.groups, self.feed)):
+            against = not_possible(there, self.plan)
+            if against:
+                raise ShearingError(
+                    f"with inputs of {_told(feed)}, the forward of {type(self.model).__name__} takes another way than "
+                    f"with {_told(self.feed)}, and there {against}: leave the group whole, or plan with such inputs"
+                )
+        return (found[0][0], shear_program(found[0][1], self.plan)) if found else None
 
     def _same_numbers(self, made: Maker) -> bool:
         """Whether the numbers agree in double precision, on weights drawn anew; on the model's own if those fail."""
@@ -254,32 +257,58 @@ def _exactly(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
         return Side.of(model).ask(run, feed, torch.float64)
 
 
-_known: weakref.WeakKeyDictionary[fx.Graph, dict[tuple[int, ...], tuple[Inputs, Groups] | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_known: weakref.WeakKeyDictionary[fx.Graph, dict[tuple[str, tuple[int, ...]], Traced]] = weakref.WeakKeyDictionary()
 
 
-def _further(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Inputs, Groups] | None:
+def _further(model: nn.Module, groups: Groups, feed: Inputs) -> Traced:
     """The longest inputs that can be traced, and the groups there; kept with the graph, for all plans ask it."""
-    known = _known.setdefault(groups.program.graph, {})
-    if _shape(feed) not in known:
-        known[_shape(feed)] = None
+
+    def longest() -> Iterator[Inputs]:
         asked = frozenset[int]().union(*(guard.numbers for guard in size_guards(model, feed)))
-        for given in longer(model, feed, asked=asked):
-            try:
-                program = raise_lora(trace(model, given))
-            except ShearError:
-                continue
-            known[_shape(feed)] = given, AnalysisManager(program).get(FindGroups())
+        yield from longer(model, feed, asked=asked)
+
+    return _kept(groups, ("longest", _shape(feed)), lambda: _traced(model, longest(), 1))
+
+
+def _past_guards(model: nn.Module, groups: Groups, feed: Inputs) -> Traced:
+    """Inputs for which forward decides otherwise than for ``feed`` and the longest ones, and the groups there."""
+
+    def beyond_each() -> Iterator[Inputs]:
+        tried = [feed, *(longest for longest, _ in _further(model, groups, feed))]
+        for guard in size_guards(model, feed):
+            if all(map(guard.holds, tried)):
+                yield from beyond(model, feed, guard, _AFFORDED)[0][:1]
+
+    return _kept(groups, ("guards", _shape(feed)), lambda: _traced(model, beyond_each(), _GUARDS))
+
+
+def _kept(groups: Groups, key: tuple[str, tuple[int, ...]], make: Callable[[], Traced]) -> Traced:
+    known = _known.setdefault(groups.program.graph, {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _traced(model: nn.Module, feeds: Iterable[Inputs], most: int) -> Traced:
+    """The first of ``feeds`` that can be traced, with the groups there."""
+    found: list[tuple[Inputs, Groups]] = []
+    for feed in feeds:
+        try:
+            program = raise_lora(trace(model, feed))
+        except ShearError:
+            continue
+        found.append((feed, AnalysisManager(program).get(FindGroups())))
+        if len(found) == most:
             break
-    return known[_shape(feed)]
+    return found
 
 
 def not_possible(groups: Groups, plan: Plan) -> str:
     """Why ``plan`` cannot be applied to a program with these groups; empty where it can."""
     for cut in plan.cuts:
         group = groups.by_name.get(cut.group)
-        if group is not None and cut.kind not in BLOCK_KINDS and not (group.prunable or group.rescalable):
+        same = group is not None and (group.kind, group.size) == (cut.kind, cut.size) and cut.kind not in BLOCK_KINDS
+        if group is not None and same and not (group.prunable or group.rescalable):
             return f"{group.name} is frozen: {group.reason}"
     try:
         checked(groups, plan)
