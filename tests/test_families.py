@@ -14,7 +14,7 @@ import shear_ir as sir
 from shear_backends.verify.numbers import Report, run
 from shear_ir.plans import Plan
 from tests.roads import HEADS, Traced, counted, greedy, outputs, same, traced
-from tests.zoo import FAMILIES
+from tests.zoo import FAMILIES, TWINS
 
 RATIO = {"depthwise_separable": 0.14}  # its widest channels are held by the residual stream
 
@@ -82,7 +82,10 @@ def kinds_of(family: Traced) -> list[str]:
     return heads[:1] + [k for k in ("ffn", "conv_channel") if family.able(k)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+ROADS = [pytest.param(name, marks=[pytest.mark.thorough] if name in TWINS else []) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=ROADS)
 def road(request: pytest.FixtureRequest) -> Road:
     family = traced(request.param)
     ratio = RATIO.get(request.param, 0.25)

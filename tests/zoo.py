@@ -284,6 +284,33 @@ _RECIPES: dict[str, Recipe] = {
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {name: partial(build, name) for name in _RECIPES}
 
+TWINS = frozenset(
+    [
+        "mistral",
+        "qwen2",
+        "llama_mqa",
+        "llama_mha",
+        "starcoder2",
+        "granite",
+        "cohere",
+        "phi",
+        "stablelm",
+        "gemma3_text",
+        "olmo2",
+        "falcon_old",
+        "falcon_mqa",
+        "falcon_alibi",
+        "gpt_neox",
+        "gptj",
+        "codegen",
+        "opt",
+        "roberta",
+        "electra",
+        "t5",
+    ]
+)
+"""Families whose blocks are those of another one, but for sizes, norms or the order of calls; theirs are thorough."""
+
 UNLIKE = (
     "mlp", "resnet", "llama_gqa", "gemma2", "gpt2", "falcon_new", "mixtral", "bert", "t5_gated", "vit",
 )  # fmt: skip

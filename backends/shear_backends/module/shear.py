@@ -164,7 +164,7 @@ def find_changes(model: nn.Module, groups: Groups, plan: Plan, inputs: Any = Non
     judge.require_trace()
     raise ShearingError(
         f"no setting of {type(model).__name__}'s module attributes computes the sheared function, without "
-        f"{_gone(plan)}{judge.why}: use the graph backend, or other kinds or sizes (round_to)"
+        f"{_gone(plan)}{judge.why}: use the graph backend, other kinds or sizes (round_to), or leave modules out (skip)"
     )
 
 
