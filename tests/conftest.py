@@ -105,5 +105,6 @@ def _fetched(name: str) -> Path:
 def only_the_length_of_the_trace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules are compared with the sheared program at one length, which is quicker; ``lengths`` marks the others."""
     if request.node.get_closest_marker("lengths") is None:
-        monkeypatch.setattr("shear_backends.module.judge._further", lambda model, groups, feed: None)
+        for asked in ("_further", "_past_guards"):
+            monkeypatch.setattr(f"shear_backends.module.judge.{asked}", lambda model, groups, feed: [])
         monkeypatch.setattr("shear_backends.verify.numbers.past_guards", lambda model, tried: ())

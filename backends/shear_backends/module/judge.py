@@ -29,7 +29,7 @@ from shear_backends.verify.structure import Structure, first_difference
 from shear_ir.errors import PlanError, ShearError, ShearingError
 from shear_ir.frontend.export import trace
 from shear_ir.frontend.feeds import tensors_in
-from shear_ir.frontend.guards import size_guards
+from shear_ir.frontend.guards import Guard, size_guards
 from shear_ir.frontend.inputs import Inputs
 from shear_ir.frontend.unchanged import copied
 from shear_ir.manager import AnalysisManager
@@ -259,12 +259,14 @@ def _exactly(model: nn.Module, feed: Inputs) -> tuple[Tensor, ...]:
 
 _known: weakref.WeakKeyDictionary[fx.Graph, dict[tuple[str, tuple[int, ...]], Traced]] = weakref.WeakKeyDictionary()
 
+_asked: weakref.WeakKeyDictionary[fx.Graph, dict[tuple[int, ...], tuple[Guard, ...]]] = weakref.WeakKeyDictionary()
+
 
 def _further(model: nn.Module, groups: Groups, feed: Inputs) -> Traced:
     """The longest inputs that can be traced, and the groups there; kept with the graph, for all plans ask it."""
 
     def longest() -> Iterator[Inputs]:
-        asked = frozenset[int]().union(*(guard.numbers for guard in size_guards(model, feed)))
+        asked = frozenset[int]().union(*(guard.numbers for guard in _guards(model, groups, feed)))
         yield from longer(model, feed, asked=asked)
 
     return _kept(groups, ("longest", _shape(feed)), lambda: _traced(model, longest(), 1))
@@ -275,11 +277,18 @@ def _past_guards(model: nn.Module, groups: Groups, feed: Inputs) -> Traced:
 
     def beyond_each() -> Iterator[Inputs]:
         tried = [feed, *(longest for longest, _ in _further(model, groups, feed))]
-        for guard in size_guards(model, feed):
+        for guard in _guards(model, groups, feed):
             if all(map(guard.holds, tried)):
                 yield from beyond(model, feed, guard, _AFFORDED)[0][:1]
 
     return _kept(groups, ("guards", _shape(feed)), lambda: _traced(model, beyond_each(), _GUARDS))
+
+
+def _guards(model: nn.Module, groups: Groups, feed: Inputs) -> tuple[Guard, ...]:
+    known = _asked.setdefault(groups.program.graph, {})
+    if _shape(feed) not in known:
+        known[_shape(feed)] = size_guards(model, feed)
+    return known[_shape(feed)]
 
 
 def _kept(groups: Groups, key: tuple[str, tuple[int, ...]], make: Callable[[], Traced]) -> Traced:
