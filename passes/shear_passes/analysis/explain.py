@@ -103,7 +103,7 @@ class _Writer:
 
     def _tree(self, graph: nx.Graph[Place | Tie], ends: Sequence[Place]) -> Iterator[Chain]:
         """A chain for each end but the first, from the first or from where an earlier chain has been."""
-        before = dict(nx.bfs_predecessors(graph, ends[0]))
+        before = {node: source for source, node in nx.bfs_edges(graph, ends[0])}
         known: set[Place | Tie] = {ends[0]}
         told: set[Any] = set()
         for end in (one for one in ends[1:] if one in before):
@@ -131,7 +131,7 @@ class _Writer:
         starts = [place for place in first or self.slices(group) if place in far]
         if not starts:
             return None
-        before = dict(nx.bfs_predecessors(graph, goal))
+        before = {node: source for source, node in nx.bfs_edges(graph, goal)}
         path: list[Place | Tie] = [min(starts, key=far.__getitem__)]
         while path[-1] != goal:
             path.append(before[path[-1]])
